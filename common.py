@@ -4,6 +4,7 @@ optimizers, gradients over several processes, checkpoints, the log line. Functio
 """
 import contextlib
 import dataclasses
+import filecmp
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import changed
+from lora import add_lora, load_lora, merge_lora, weights_hash
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -57,6 +59,9 @@ def start(cfg, announce=True):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        # the first optimizer imports this; after init its default arguments would hold the group beyond its destruction,
+        # and gloo's threads, still alive when Python ends, abort now and then
+        from torch.distributed.nn import functional  # noqa: F401
         dist.init_process_group("nccl" if "cuda" in device else "gloo")
     dtype = torch.float32  # on CPUs too: without native support bf16 products are hundreds of times slower
     if "cuda" in device:
@@ -205,13 +210,13 @@ def lr_at(step, cfg):
 
     cfg: lr, min_lr, warmup_steps, max_steps, schedule ("cosine" | "wsd"), decay_steps (wsd).
     """
+    if cfg.schedule not in ("cosine", "wsd"):
+        raise SystemExit(f"error: schedule={cfg.schedule!r}, known are cosine and wsd")
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "wsd":
         left = (cfg.max_steps - step) / max(1, cfg.decay_steps)
         return cfg.min_lr + (cfg.lr - cfg.min_lr) * min(1.0, left)
-    if cfg.schedule != "cosine":
-        raise SystemExit(f"error: schedule={cfg.schedule!r}, known are cosine and wsd")
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
@@ -293,11 +298,12 @@ def save_checkpoint(path, checkpoint, tokenizer_file=None):
 
     tokenizer_file: copied beside it as tokenizer.model, so the folder is all that sample.py needs.
     """
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    if tokenizer_file and not os.path.exists(os.path.join(folder, "tokenizer.model")):
+    beside = os.path.join(folder, "tokenizer.model")
+    if tokenizer_file and not (os.path.exists(beside) and filecmp.cmp(tokenizer_file, beside, shallow=False)):
         shutil.copyfile(tokenizer_file, os.path.join(folder, "tokenizer.tmp"))
-        os.replace(os.path.join(folder, "tokenizer.tmp"), os.path.join(folder, "tokenizer.model"))
+        os.replace(os.path.join(folder, "tokenizer.tmp"), beside)
     with open(path + ".tmp", "wb") as f:
         torch.save(checkpoint, f)
         f.flush()
@@ -332,14 +338,22 @@ def model_from(checkpoint, Model=Transformer):
 
 
 def load_model(folder, device="cpu"):
-    """Return (model, tokenizer, checkpoint) of a run's folder, ready to generate."""
+    """Return (model, tokenizer, checkpoint) of a run's folder, ready to generate; LoRA adapters are merged in."""
     checkpoint = load_checkpoint(folder)
     folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
     if tokenizer.fingerprint != checkpoint["fingerprint"]:
         raise SystemExit(f"error: {folder}/tokenizer.model is {tokenizer.fingerprint[:12]}, but the checkpoint was "
                          f"trained with {checkpoint['fingerprint'][:12]}")
-    return model_from(checkpoint).to(device).eval(), tokenizer, checkpoint
+    if "lora" not in checkpoint:
+        return model_from(checkpoint).to(device).eval(), tokenizer, checkpoint
+    path = os.path.normpath(os.path.join(folder, checkpoint["lora"]["base"]))
+    model, _, base = load_model(path)
+    if weights_hash(base["model"]) != checkpoint["lora"]["base_hash"]:
+        raise SystemExit(f"error: {path} has other weights now than when the adapters in {folder} were trained over it: "
+                         "train them again, or put the old base back")
+    model = merge_lora(load_lora(add_lora(model, **checkpoint["lora"]), checkpoint["model"]))
+    return model.to(device).eval(), tokenizer, checkpoint
 
 
 def resume(cfg, env, models, optimizers, scaler):
@@ -351,13 +365,14 @@ def resume(cfg, env, models, optimizers, scaler):
     if not (cfg.resume and os.path.exists(path)):
         return 0, math.inf, None
     checkpoint = load_checkpoint(path, env.device)
-    theirs, ours = checkpoint["model_config"], dataclasses.asdict(models["model"].config)
+    theirs = {**checkpoint["model_config"], "lora": checkpoint.get("lora")}
+    ours = {**dataclasses.asdict(models["model"].config), "lora": getattr(models["model"], "lora", None)}
     different = [f"{k} {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
     if different:
         raise SystemExit(f"error: {path} holds another model ({'; '.join(different)}). "
                          "Choose another --out_dir, or start again with --resume=False")
     for key, model in models.items():
-        model.load_state_dict(checkpoint[key], strict=True)
+        load_lora(model, checkpoint[key]) if ours["lora"] else model.load_state_dict(checkpoint[key], strict=True)
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     scaler.load_state_dict(checkpoint["scaler"])

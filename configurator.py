@@ -56,11 +56,11 @@ def parse(Config, argv, positional=None):
             if not os.path.isfile(arg):
                 raise ValueError(f"config file '{arg}' does not exist (in {os.getcwd()})")
             for key, value in runpy.run_path(arg).items():
-                if key.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType)):
+                if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
                     continue
                 if source.get(key) != "command line":  # the command line wins wherever it stands
                     put(key, value, arg)
-        elif positional and positional not in values:
+        elif positional and source.get(positional) != "command line":
             put(positional, arg, "command line")
         else:
             raise ValueError(f"cannot read '{arg}': settings are --key=value, config files end in .py")

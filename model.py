@@ -36,7 +36,8 @@ class ModelConfig:
     n_experts: int = 0            # routed experts; 0: a dense model
     n_active_experts: int = 2     # experts a token is sent to
     n_shared_experts: int = 1     # experts that every token passes
-    expert_hidden_dim: int = 0    # width of one expert; 0: hidden_dim / (active + shared), as costly as the dense layer
+    expert_hidden_dim: int = 0    # width of one expert; 0: hidden_dim / (active + shared), as costly as a dense layer,
+                                  # rounded up to a multiple of 8 (the grouped product wants rows of whole 16 bytes)
     first_dense: int = 1          # this many first layers stay dense
     route_scale: float = 1.0      # factor on the routed experts' sum
 
@@ -45,11 +46,16 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.hidden_dim = self.hidden_dim or -(-8 * self.dim // 3 // 64) * 64
         if self.n_experts and not self.expert_hidden_dim:
-            self.expert_hidden_dim = self.hidden_dim // (self.n_active_experts + self.n_shared_experts)
+            self.expert_hidden_dim = -(-self.hidden_dim // (self.n_active_experts + self.n_shared_experts) // 8) * 8
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
+        if self.n_experts and (self.dim % 8 or self.expert_hidden_dim % 8):
+            raise ValueError(f"dim={self.dim} and expert_hidden_dim={self.expert_hidden_dim} must be multiples of 8 in "
+                             "a mixture of experts")
+        if self.n_experts and self.n_active_experts > self.n_experts:
+            raise ValueError(f"n_active_experts={self.n_active_experts} of only n_experts={self.n_experts}")
 
 
 def rope_table(config):
@@ -332,10 +338,12 @@ class Transformer(nn.Module):
                 if done.all():
                     break
             ids = ids[:, None]
-        new = [[t for t in row if t >= 0] for row in torch.stack(new, dim=1).tolist()]
+        new = torch.stack(new, dim=1).tolist() if new else [[] for _ in prompts]
+        new = [[t for t in row if t >= 0] for row in new]
         if not return_logps:
             return new
-        return new, [row[:len(ids)] for row, ids in zip(torch.stack(logps, dim=1).tolist(), new)]
+        logps = torch.stack(logps, dim=1).tolist() if logps else [[] for _ in prompts]
+        return new, [row[:len(ids)] for row, ids in zip(logps, new)]
 
 
 class ScalarModel(nn.Module):

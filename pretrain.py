@@ -158,6 +158,11 @@ def main(cfg):
     tokenizer_file = os.path.join(cfg.data_dir, meta["tokenizer"])
     tokenizer = load_tokenizer(tokenizer_file)
     cfg.seq_len = cfg.seq_len or cfg.max_seq_len
+    if cfg.seq_len > cfg.max_seq_len:
+        raise SystemExit(f"error: seq_len={cfg.seq_len} is more than the model can see, max_seq_len={cfg.max_seq_len}. "
+                         "Lower the first or raise the second")
+    if len(val.tokens) < 2:
+        raise SystemExit(f"error: {cfg.data_dir} has no text held out for validation. Prepare it again with more text")
     for folder, split in ((cfg.data_dir, train), (cfg.anneal_dir, anneal)):
         if split is not None and len(split.tokens) <= cfg.seq_len:
             raise SystemExit(f"error: {folder} has {len(split.tokens):,} training tokens, fewer than one row of "
@@ -176,7 +181,9 @@ def main(cfg):
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    step, best_val, _ = resume(cfg, env, {"model": model}, optimizers, scaler)
+    step, best_val, checkpoint = resume(cfg, env, {"model": model}, optimizers, scaler)
+    if checkpoint:
+        open_data(cfg.data_dir, "text", checkpoint["fingerprint"])  # leaves where the tokenizer is another one now
     micro = micro_steps(cfg.grad_accum, env)
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
     flops, peak = model.flops_per_token(cfg.seq_len), peak_flops(env) if env.main else 0
@@ -212,10 +219,10 @@ def main(cfg):
             loss += micro_loss.detach() / cfg.grad_accum
         average_gradients(model, env)
         loss, stop = all_sum([loss, float(bool(caught))], env)
-        if not math.isfinite(loss):
-            raise SystemExit(f"error: the loss is {loss} at step {step}. The last good checkpoint is "
-                             f"{cfg.out_dir}/ckpt.pt; lower --lr (now {cfg.lr}) or raise --warmup_steps")
         norm = optimizer_step(model, optimizers, scaler, cfg.grad_clip)
+        if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # the scaler skips steps of infinite norm
+            raise SystemExit(f"error: the loss is {loss} and the gradient's norm {norm} at step {step}. The last good "
+                             f"checkpoint is {cfg.out_dir}/ckpt.pt; lower --lr (now {cfg.lr}) or raise --warmup_steps")
         if config.n_experts:
             model.update_router_bias(cfg.bias_rate, dist.all_reduce if env.world > 1 else None)
         step += 1

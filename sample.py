@@ -3,7 +3,7 @@ Let a trained model speak: continue a text, or chat.
 
     python sample.py --start="床前明月光"
     python sample.py --start=FILE:prompt.txt --num_samples=5 --temperature=0.8 --top_p=0.9
-    python sample.py --prompts=lines.txt > answers.txt       # one prompt a line, generated as one batch
+    python sample.py --prompts=lines.txt > answers.txt       # one prompt a line, generated in batches
     python sample.py --chat=True                             # /clear  /system TEXT  /save FILE  /exit; Ctrl-C stops an answer
 
 in: out/<run>/ckpt.pt and tokenizer.model. Samples go to stdout, everything else to stderr.
@@ -11,6 +11,8 @@ in: out/<run>/ckpt.pt and tokenizer.model. Samples go to stdout, everything else
 import json
 import sys
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from common import load_model, newest_run, start
 from configurator import load_config
@@ -22,11 +24,12 @@ class Config:
     out_dir: str = ""                # the run's folder; empty: the newest under out/
     # what to say
     start: str = ""                  # text to continue, or FILE:path for a file's whole text
-    prompts: str = ""                # a file with one prompt a line
-    chat: bool = False               # talk turn by turn instead of continuing text
+    prompts: str = ""                # a file: one prompt a line; .jsonl: {"prompt": …} in, with "response" out
+    chat: bool = False               # talk turn by turn; with start or prompts: answer those instead of continuing them
     system: str = ""                 # chat: a system message to begin with
     # how to say it
     num_samples: int = 1             # of each prompt
+    batch_size: int = 64             # prompts at once
     max_new_tokens: int = 200
     temperature: float = 0.8         # 0: always the likeliest token
     top_k: int = 0                   # 0: off
@@ -58,26 +61,32 @@ def streamer(tokenizer, stop_ids):
     return on_token, finish
 
 
-def complete(model, tokenizer, cfg, env):
-    """Continue every prompt and print prompt and continuation; a single one is streamed."""
+def read_prompts(cfg):
+    """Return the texts to continue: of --start, FILE:path, or a file of lines or of {"prompt": …} records."""
     try:
         if cfg.prompts:
             with open(cfg.prompts, encoding="utf-8") as f:
-                texts = [line.rstrip("\n") for line in f if line.strip()]
-        elif cfg.start.startswith("FILE:"):
+                lines = [line.rstrip("\n") for line in f if line.strip()]
+            return [json.loads(line)["prompt"] for line in lines] if cfg.prompts.endswith(".jsonl") else lines
+        if cfg.start.startswith("FILE:"):
             with open(cfg.start[5:], encoding="utf-8") as f:
-                texts = [f.read()]
-        else:
-            texts = [cfg.start]
-    except OSError as error:
-        raise SystemExit(f"error: cannot read the prompt: {error}") from None
-    texts = [text for text in texts for _ in range(cfg.num_samples)]
-    room = model.config.max_seq_len
-    prompts = []
-    for text in texts:  # the end-of-text token stands before every document, so it opens ours too
-        ids = [tokenizer.eot_id] + tokenizer.encode(text)
+                return [f.read()]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"error: cannot read prompts: {error!r}") from None
+    return [cfg.start]
+
+
+def complete(model, tokenizer, cfg, env):
+    """Continue every prompt (with --chat: answer it) and print what comes; a single one is streamed."""
+    texts = [text for text in read_prompts(cfg) for _ in range(cfg.num_samples)]
+    room, prompts = model.config.max_seq_len, []
+    for text in texts:
+        if cfg.chat:
+            ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        else:  # the end-of-text token stands before every document, so it opens ours too
+            ids = [tokenizer.eot_id] + tokenizer.encode(text)
         if len(ids) >= room:
-            print(f"note: the prompt has {len(ids)} tokens; only the last {room // 2} fit with an answer", file=sys.stderr)
+            print(f"note: a prompt has {len(ids)} tokens; its last {room // 2} are kept", file=sys.stderr)
             ids = ids[-(room // 2):]
         prompts.append(ids)
     new_tokens = min(cfg.max_new_tokens, room - max(map(len, prompts)))
@@ -86,18 +95,22 @@ def complete(model, tokenizer, cfg, env):
     stop_ids = [tokenizer.eot_id, tokenizer.im_end_id]
     if len(prompts) == 1:
         on_token, finish = streamer(tokenizer, stop_ids)
-        print(texts[0], end="", flush=True)
+        print("" if cfg.chat else texts[0], end="", flush=True)
         with env.autocast():
             model.generate(prompts, new_tokens, stop_ids=stop_ids, seed=cfg.seed, on_token=on_token, **sampling(cfg))
         finish()
         return
-    batch = 64
-    for i in range(0, len(prompts), batch):
+    batches = range(0, len(prompts), cfg.batch_size)
+    for i in tqdm(batches, unit="batch", disable=len(batches) < 4 or not sys.stderr.isatty()):
         with env.autocast():
-            rows = model.generate(prompts[i:i + batch], new_tokens, stop_ids=stop_ids, pad_id=tokenizer.pad_id,
+            rows = model.generate(prompts[i:i + cfg.batch_size], new_tokens, stop_ids=stop_ids, pad_id=tokenizer.pad_id,
                                   seed=cfg.seed + i, **sampling(cfg))
-        for text, row in zip(texts[i:i + batch], rows):
-            print(text + tokenizer.decode([t for t in row if t not in stop_ids]) + "\n", flush=True)
+        for text, row in zip(texts[i:i + cfg.batch_size], rows):
+            answer = tokenizer.decode([t for t in row if t not in stop_ids])
+            if cfg.prompts.endswith(".jsonl"):
+                print(json.dumps({"prompt": text, "response": answer}, ensure_ascii=False))
+            else:
+                print(f"{'' if cfg.chat else text}{answer}\n", flush=True)
 
 
 def fit(messages, tokenizer, room):
@@ -178,7 +191,7 @@ def main(cfg):
     folder = cfg.out_dir or newest_run(stages=("sft", "ppo", "dpo") if cfg.chat else ("pretrain", "sft", "ppo", "dpo"))
     model, tokenizer, checkpoint = load_model(folder, env.device)
     print(f"{folder}: {checkpoint['stage']}, step {checkpoint['step']}, {model.count()[0]:,} parameters", file=sys.stderr)
-    if cfg.chat:
+    if cfg.chat and not (cfg.start or cfg.prompts):
         chat(model, tokenizer, cfg, env)
     else:
         complete(model, tokenizer, cfg, env)

@@ -1,0 +1,20 @@
+# Instruction tuning on poems-sft: poems to a title and form, next lines, idioms, riddles, dialogues (40,000 conversations).
+#   python prepare.py poems-sft
+#   python sft.py config/poems_sft.py            (draft: numbers come from a run over out/poems; not measured yet)
+# With adapters: --lora_rank=8 --lr=1e-3 --out_dir=out/poems-lora
+data_dir = "data/poems-sft"
+init_from = "out/poems"
+out_dir = "out/poems-sft"
+
+seq_len = 256              # about five conversations a row; those longer than 256 tokens are left out (0.3 %)
+batch_size = 32
+epochs = 3
+lr = 4e-4
+min_lr = 2e-5
+warmup_steps = 20
+weight_decay = 0.1
+
+eval_every = 100
+save_every = 100
+sample_every = 100
+questions = "你是谁？|写一首五言绝句，题目是《春夜》。|“床前明月光”的下一句是什么？|“守株待兔”是什么意思？|歇后语：猪鼻子插大葱——？"

@@ -1,0 +1,131 @@
+"""
+What test_reward.py and test_dpo.py share: a tiny run to start from, preference data as prepare.py lays it out, a stage
+run in two processes or killed half-way. Not a test file.
+"""
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import load_checkpoint, save_checkpoint
+from conftest import ROOT
+from model import ModelConfig, Transformer
+from tokenizer import render_chat, train_tokenizer
+
+
+def write_pairs(folder, tok, splits):
+    """splits: {"train": prompts, "val": prompts}, a prompt being its completions [(ids, mask), …], best first."""
+    os.makedirs(folder)
+    meta = {"kind": "pairs", "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
+            "tokenizer": "tokenizer.model"}
+    for split, prompts in splits.items():
+        documents = [document for prompt in prompts for document in prompt]
+        np.array([i for ids, _ in documents for i in ids], "<u2").tofile(f"{folder}/{split}.bin")
+        np.array([m for _, mask in documents for m in mask], np.uint8).tofile(f"{folder}/{split}.mask")
+        idx = np.cumsum([0] + [len(ids) for ids, _ in documents]).astype(np.int64)
+        idx.tofile(f"{folder}/{split}.idx")
+        np.array([g for g, prompt in enumerate(prompts) for _ in prompt], np.int32).tofile(f"{folder}/{split}.group")
+        meta[split] = {"tokens": int(idx[-1]), "documents": len(documents)}
+    with open(f"{folder}/meta.json", "w") as f:
+        json.dump(meta, f)
+    tok.save(f"{folder}/tokenizer.model")
+
+
+def make_run(folder, tok, seed=1, **changes):
+    """A folder as sft.py would leave it, with a random model."""
+    torch.manual_seed(seed)
+    small = dict(vocab_size=448, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96)
+    config = ModelConfig(**{**small, **changes})
+    save_checkpoint(f"{folder}/ckpt.pt", {
+        "stage": "sft", "step": 1, "model": Transformer(config).state_dict(),
+        "model_config": dataclasses.asdict(config), "config": {}, "fingerprint": tok.fingerprint, "best_val": 1.0})
+    tok.save(f"{folder}/tokenizer.model")
+
+
+def completions(tok, i, K):
+    """K answers to prompt i: the more 好 and the fewer 坏, the better. Their lengths differ."""
+    turns = [{"role": "user", "content": f"{i}春夜"}]
+    return [render_chat(tok, turns + [{"role": "assistant", "content": "好" * (K - k) + "坏" * 2 * k + "月" * (i % 3)}])
+            for k in range(K)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(repeatable):
+    """Products this small only wait for a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with data/ (prompts with 2, 3 and 4 answers) and the run base/; and the tokenizer."""
+    root = str(tmp_path_factory.mktemp("pairs"))
+    tok = train_tokenizer(["春夜月好坏。0123456789 user assistant system\n"], f"{root}/tok", 300, character_coverage=1.0)
+    prompts = [completions(tok, i, (2, 4, 3, 2)[i % 4]) for i in range(40)]
+    write_pairs(f"{root}/data", tok, {"train": prompts[:28], "val": prompts[28:]})
+    make_run(f"{root}/base", tok)
+    return root, tok
+
+
+def run_in_two(script, out_dir, settings):
+    """Run a stage in two processes that talk over gloo, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [f"--{k}={v}" for k, v in {**settings, "out_dir": out_dir}.items()]
+    ranks = [subprocess.Popen([sys.executable, os.path.join(ROOT, script), *words], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": str(rank),
+                                   "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+             for rank in range(2)]
+    for rank in ranks:
+        output = rank.communicate(timeout=180)[0]
+        assert rank.returncode == 0, output
+
+
+def run_with_a_break(stage, cfg, after, monkeypatch):
+    """Run a stage, ended in the middle of a step some time after its checkpoint of step `after`; then run it again."""
+    real = stage.log
+
+    def log(cfg, env, step, record):
+        if step == after + 1:
+            raise KeyboardInterrupt
+        real(cfg, env, step, record)
+
+    monkeypatch.setattr(stage, "log", log)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(cfg)
+    assert load_checkpoint(cfg.out_dir)["step"] == after
+    monkeypatch.setattr(stage, "log", real)
+    stage.main(cfg)
+
+
+def assert_same(a, b, atol=0.0, path=""):
+    """Compare two checkpoints, or parts of them: equal, or tensors and floats closer than atol."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key != "out_dir":
+                assert_same(a[key], b[key], atol, f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, atol, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        difference = (a.double() - b.double()).abs().max().item()
+        assert difference <= atol, f"{path} differs by {difference}"
+    elif isinstance(a, float):
+        assert a == b or abs(a - b) <= atol, f"{path}: {a} and {b}"
+    else:
+        assert a == b, f"{path}: {a} and {b}"
+
+
+def read_log(out_dir):
+    """The records of log.jsonl without the times."""
+    with open(os.path.join(out_dir, "log.jsonl")) as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in ("tok/s", "left")} for line in f]

@@ -1,0 +1,483 @@
+"""pretrain.py end to end, on a small data folder written here: resuming, processes, evaluation, and its errors."""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import pretrain
+from common import Env, load_checkpoint, load_model, open_data
+from model import ModelConfig, Transformer
+from pretrain import Config, get_batch, main
+from tokenizer import load_tokenizer, train_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ALONE = Env(0, 1, torch.device("cpu"), torch.float32)
+NUMBERS = "一二三四五六七八九十"
+
+
+@pytest.fixture(autouse=True)
+def quiet_process(monkeypatch):
+    """One thread; no measuring of the machine's speed; the signal handlers that main() sets are taken back."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pretrain, "peak_flops", lambda env: 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def letters(tokenizer, text):
+    return [token for letter in text for token in tokenizer.encode(letter)]
+
+
+def write_folder(folder, tokenizer_file, train, val):
+    """Write a data folder as prepare.py does: each document's tokens (here letter by letter) and the end-of-text token."""
+    os.makedirs(folder)
+    shutil.copyfile(tokenizer_file, os.path.join(folder, "tokenizer.model"))
+    tokenizer = load_tokenizer(tokenizer_file)
+    meta = {"kind": "text", "dtype": "uint16", "fingerprint": tokenizer.fingerprint, "tokenizer": "tokenizer.model",
+            "vocab_size": tokenizer.vocab_size}
+    for name, texts in (("train", train), ("val", val)):
+        ids = [token for text in texts for token in letters(tokenizer, text) + [tokenizer.eot_id]]
+        np.array(ids, "<u2").tofile(os.path.join(folder, f"{name}.bin"))
+        meta[name] = {"tokens": len(ids), "documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)}
+    with open(os.path.join(folder, "meta.json"), "w") as f:
+        json.dump(meta, f)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Counting songs: after a number comes the next, so there is something to learn."""
+    root = tmp_path_factory.mktemp("data")
+    songs = ["".join(NUMBERS[(start + i) % 10] for i in range(20)) for start in range(10)] * 20
+    train_tokenizer(songs + ["床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"], str(root / "tokenizer.model"), 320)
+    return write_folder(root / "songs", root / "tokenizer.model", songs, songs[:15])
+
+
+@pytest.fixture(scope="module")
+def other_data(data, tmp_path_factory):
+    poem = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    return write_folder(tmp_path_factory.mktemp("data") / "poem", data + "/tokenizer.model", [poem] * 20, [poem])
+
+
+@pytest.fixture
+def settings(data, tmp_path):
+    """A function that makes a Config: small, eager, on the CPU."""
+    def make(**changes):
+        return Config(**{**dict(
+            data_dir=data, out_dir=str(tmp_path / "run"), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64,
+            max_seq_len=32, batch_size=4, grad_accum=2, max_steps=20, warmup_steps=4, lr=1e-2, min_lr=1e-3,
+            eval_every=7, eval_tokens=500, save_every=100, device="cpu", compile=False), **changes})
+    return make
+
+
+MOE = dict(dim=32, n_layers=2, qk_norm=True, tie_embeddings=False, n_experts=4, n_active_experts=2, expert_hidden_dim=16,
+           bias_rate=0.01)
+
+
+def log_of(out_dir):
+    """The records of log.jsonl without what the clock says."""
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        records = [json.loads(line) for line in f]
+    return [{k: v for k, v in r.items() if k not in ("tok/s", "mfu", "left")} for r in records]
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and plain values are equal, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------------------- learning
+
+
+def test_it_learns_saves_and_can_be_loaded(settings, capsys):
+    cfg = settings(max_steps=60, eval_every=20, save_every=25, sample_every=30, sample_start="一二")
+    main(cfg)
+    records, out = log_of(cfg.out_dir), capsys.readouterr().out
+    assert [r["step"] for r in records] == list(range(1, 61))
+    assert records[0]["loss"] == pytest.approx(math.log(320), abs=0.3)
+    assert records[-1]["loss"] < 0.6 and records[-1]["val_loss"] < 0.6
+    assert [r["step"] for r in records if "val_loss" in r] == [20, 40, 60]
+    assert out.count("step 7/60 | loss") == 1 and out.count("sample: 一二") == 2
+    assert sorted(os.listdir(cfg.out_dir)) == ["best.pt", "ckpt.pt", "log.jsonl", "tokenizer.model"]
+
+    model, tokenizer, checkpoint = load_model(cfg.out_dir)
+    assert checkpoint["stage"] == "pretrain" and checkpoint["step"] == 60
+    assert checkpoint["fingerprint"] == tokenizer.fingerprint
+    assert checkpoint["config"] == dataclasses.asdict(cfg)
+    assert all(w.dtype == torch.float32 for w in checkpoint["model"].values())
+    prompt = [tokenizer.eot_id] + letters(tokenizer, "一二三四五")
+    assert tokenizer.decode(model.generate([prompt], 4, temperature=0)[0]) == "六七八九"
+
+
+def test_the_vocabulary_is_padded_to_64(settings, data):
+    cfg = settings(max_steps=1)
+    main(cfg)
+    _, _, meta = open_data(data)
+    size = load_checkpoint(cfg.out_dir)["model_config"]["vocab_size"]
+    assert size % 64 == 0 and 0 <= size - meta["vocab_size"] < 64
+
+
+def test_best_checkpoint_is_the_lowest_validation_loss(settings, monkeypatch):
+    losses = iter([5.0, 3.0, 4.0, 3.5, 6.0])
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args: (next(losses), 1.0))
+    cfg = settings(max_steps=10, eval_every=2, save_every=100)
+    main(cfg)
+    best = load_checkpoint(os.path.join(cfg.out_dir, "best.pt"))
+    last = load_checkpoint(cfg.out_dir)
+    assert (best["step"], best["best_val"], last["step"], last["best_val"]) == (4, 3.0, 10, 3.0)
+    assert "optimizers" not in best and not same(best["model"], last["model"])
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(settings, tmp_path):
+    losses = {}
+    for compile in (False, True):
+        cfg = settings(compile=compile, max_steps=4, n_layers=1, eval_every=0,
+                       out_dir=str(tmp_path / str(compile)))
+        main(cfg)
+        losses[compile] = [[r["loss"], r["norm"]] for r in log_of(cfg.out_dir)] + [[log_of(cfg.out_dir)[-1]["val_loss"]]]
+        names = set(load_checkpoint(cfg.out_dir)["model"])
+    assert "blocks.0.attn.qkv.weight" in names and not any("_orig_mod" in name for name in names)
+    for eager, compiled in zip(losses[False], losses[True]):
+        assert compiled == pytest.approx(eager, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def test_batches(settings, data):
+    """A row's targets are its inputs moved by one; an epoch's micro-steps hold each row once, whoever asks."""
+    cfg = settings(batch_size=3, grad_accum=4, seq_len=8)
+    train, _, _ = open_data(data)
+    n_rows = (len(train.tokens) - 1) // 8
+    seen = []
+    for micro in range(n_rows // 3):
+        x, y = get_batch(train, cfg, micro // 4, micro % 4, ALONE)
+        assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        for row, targets in zip(x.tolist(), y.tolist()):
+            seen.append((tuple(row), targets[-1]))
+    rows = [(tuple(train.tokens[i * 8:i * 8 + 8].tolist()), int(train.tokens[i * 8 + 8])) for i in range(n_rows)]
+    assert not set(seen) - set(rows) and len(seen) == n_rows // 3 * 3
+    leftover = sorted(rows)
+    for row in seen:
+        leftover.remove(row)  # each as often as it stands in the data
+    assert len(leftover) == n_rows % 3
+    other = get_batch(train, cfg, 2, 1, Env(3, 4, torch.device("cpu"), torch.float32))
+    assert torch.equal(get_batch(train, cfg, 2, 1, ALONE)[0], other[0])
+    assert not torch.equal(get_batch(train, cfg, 2, 2, ALONE)[0], other[0])
+    assert not torch.equal(get_batch(train, dataclasses.replace(cfg, seed=5), 2, 1, ALONE)[0], other[0])
+
+
+def test_the_last_stretch_reads_the_other_folder(settings, other_data, monkeypatch):
+    reads = []
+
+    def spy(split, cfg, step, micro_step, env):
+        reads.append((step, micro_step, len(split.tokens)))
+        return get_batch(split, cfg, step, micro_step, env)
+
+    monkeypatch.setattr(pretrain, "get_batch", spy)
+    cfg = settings(max_steps=6, anneal_dir=other_data, anneal_steps=2)
+    first, last = (len(open_data(folder)[0].tokens) for folder in (cfg.data_dir, other_data))
+    main(cfg)
+    assert first != last
+    assert reads == [(step, micro, first if step < 4 else last) for step in range(6) for micro in range(2)]
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def stop_during(monkeypatch, at, how):
+    """Let step `at` (counted from 0) be interrupted by how()."""
+    lr_at = common.lr_at
+
+    def interrupted(step, cfg):
+        if step == at:
+            monkeypatch.setattr(pretrain, "lr_at", lr_at)
+            how()
+        return lr_at(step, cfg)
+
+    monkeypatch.setattr(pretrain, "lr_at", interrupted)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(MOE, optimizer="muon", schedule="wsd", decay_steps=12)])
+def test_ten_and_ten_steps_are_twenty_to_the_last_bit(settings, tmp_path, monkeypatch, capsys, changes):
+    """SIGTERM in the tenth step: it is finished and saved, and the same command goes on as if nothing had been."""
+    whole = settings(**changes, out_dir=str(tmp_path / "whole"))
+    main(whole)
+    parts = settings(**changes, out_dir=str(tmp_path / "parts"))
+    stop_during(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    capsys.readouterr()
+    main(parts)
+    assert "stopped by SIGTERM after step 10; saved. The same command goes on from here." in capsys.readouterr().out
+    assert load_checkpoint(parts.out_dir)["step"] == 10 and len(log_of(parts.out_dir)) == 10
+    torch.manual_seed(999)  # what ran in between does not matter
+    main(parts)
+    out = capsys.readouterr().out
+    assert "at step 10 of 20" in out and "other settings" not in out
+    a, b = load_checkpoint(whole.out_dir), load_checkpoint(parts.out_dir)
+    for key in ("step", "model", "optimizers", "scaler", "best_val", "model_config"):
+        assert same(a[key], b[key]), key
+    assert log_of(whole.out_dir) == log_of(parts.out_dir)
+    best = [load_checkpoint(os.path.join(cfg.out_dir, "best.pt")) for cfg in (whole, parts)]
+    assert same(best[0]["model"], best[1]["model"]) and best[0]["step"] == best[1]["step"]
+    if changes:
+        assert a["model"]["blocks.1.ffn.bias"].any(), "the router's bias must have moved"
+
+
+def test_after_a_crash_the_lost_steps_are_done_again(settings, tmp_path, monkeypatch):
+    """Saved at 8, killed in the 14th: steps 9 to 13 are dropped from the log and done again, with the same result."""
+    whole = settings(out_dir=str(tmp_path / "whole"))
+    main(whole)
+    parts = settings(out_dir=str(tmp_path / "parts"), save_every=8)
+
+    def crash():
+        raise KeyError("power cut")
+
+    stop_during(monkeypatch, 13, crash)
+    with pytest.raises(KeyError):
+        main(parts)
+    assert load_checkpoint(parts.out_dir)["step"] == 8 and len(log_of(parts.out_dir)) == 13
+    main(parts)
+    assert log_of(whole.out_dir) == log_of(parts.out_dir)
+    a, b = load_checkpoint(whole.out_dir), load_checkpoint(parts.out_dir)
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+
+
+def test_a_finished_run_is_left_as_it_is(settings, capsys):
+    cfg = settings(max_steps=3)
+    main(cfg)
+    before = load_checkpoint(cfg.out_dir)
+    capsys.readouterr()
+    main(cfg)
+    assert "it is finished: raise --max_steps" in capsys.readouterr().out
+    assert same(load_checkpoint(cfg.out_dir)["model"], before["model"]) and len(log_of(cfg.out_dir)) == 3
+
+
+def test_resume_false_starts_again(settings):
+    cfg = settings(max_steps=3)
+    main(cfg)
+    first = load_checkpoint(cfg.out_dir)
+    main(dataclasses.replace(cfg, resume=False, max_steps=2))
+    assert load_checkpoint(cfg.out_dir)["step"] == 2 and first["step"] == 3
+
+
+def test_changed_settings_are_said(settings, capsys):
+    cfg = settings(max_steps=2)
+    main(cfg)
+    capsys.readouterr()
+    main(dataclasses.replace(cfg, max_steps=3, lr=5e-3))
+    out = capsys.readouterr().out
+    assert "with other settings than before: {'max_steps': 3, 'lr': 0.005}" in out
+
+
+def test_resuming_with_another_model_is_refused(settings):
+    cfg = settings(max_steps=1)
+    main(cfg)
+    with pytest.raises(SystemExit) as left:
+        main(dataclasses.replace(cfg, dim=64, n_layers=3, head_dim=8))
+    message = str(left.value)
+    assert "dim 32 there, 64 here" in message and "n_layers 2 there, 3 here" in message
+    assert "--out_dir" in message and "--resume=False" in message and "head_dim" not in message
+
+
+def test_resuming_with_data_of_another_tokenizer_is_refused(settings, data, tmp_path):
+    cfg = settings(max_steps=1)
+    main(cfg)
+    folder = tmp_path / "other"
+    shutil.copytree(data, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["fingerprint"] = "0" * 64
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match="was made with tokenizer 000000000000, the checkpoint with"):
+        main(dataclasses.replace(cfg, max_steps=2, data_dir=str(folder)))
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def model_for(data, **changes):
+    _, _, meta = open_data(data)
+    torch.manual_seed(3)
+    return Transformer(ModelConfig(vocab_size=-(-meta["vocab_size"] // 64) * 64, dim=32, n_layers=1, n_heads=2,
+                                   max_seq_len=32))
+
+
+def test_bits_per_byte_by_hand(data):
+    """A model that knows nothing: ln V nats a token, so log2 V bits a token, over the bytes that a token stands for."""
+    model = model_for(data)
+    torch.nn.init.zeros_(model.embed.weight)
+    _, val, _ = open_data(data)
+    V, n = model.config.vocab_size, len(val.tokens)
+    nats, bits = pretrain.evaluate(model, val, Config(seq_len=32, batch_size=4), ALONE)
+    assert nats == pytest.approx(math.log(V), rel=1e-6)
+    assert bits == pytest.approx(math.log2(V) * n / val.meta["bytes"], rel=1e-5)  # n - 1 predicted, bytes of n
+    assert model.training
+
+
+@pytest.mark.parametrize("eval_tokens", [10**6, 200, 5])
+def test_evaluation_equals_a_plain_loop(data, eval_tokens):
+    model = model_for(data).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(20)
+    _, val, _ = open_data(data)
+    n = min(eval_tokens, len(val.tokens) - 1)
+    nats = 0.0
+    for start in range(0, n, 32):
+        ids = torch.from_numpy(val.tokens[start:min(start + 32, n) + 1].astype(np.int64))
+        with torch.no_grad():
+            nats += F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum").item()
+    cfg = Config(seq_len=32, batch_size=3, eval_tokens=eval_tokens)
+    loss, bits = pretrain.evaluate(model, val, cfg, ALONE)
+    assert loss == pytest.approx(nats / n, rel=1e-5)
+    assert bits == pytest.approx(nats / math.log(2) / (val.meta["bytes"] * n / len(val.tokens)), rel=1e-5)
+
+
+def test_evaluation_is_shared_among_processes(data, monkeypatch):
+    model, (_, val, _) = model_for(data), open_data(data)
+    cfg = Config(seq_len=32, batch_size=3)
+    whole = pretrain.evaluate(model, val, cfg, ALONE)
+    parts = []
+    monkeypatch.setattr(pretrain, "all_sum", lambda values, env: parts.append(values[0].item()) or [sum(parts)])
+    for rank in range(3):
+        loss, bits = pretrain.evaluate(model, val, cfg, Env(rank, 3, torch.device("cpu"), torch.float32))
+    assert all(part > 0 for part in parts) and (loss, bits) == pytest.approx(whole, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_equal_one(settings, tmp_path):
+    """The same run by torchrun on two gloo ranks: losses, norms, weights and the experts' biases within 1e-6."""
+    one = settings(**MOE, max_steps=4, eval_every=2, out_dir=str(tmp_path / "one"))
+    main(one)
+    two = dataclasses.replace(one, out_dir=str(tmp_path / "two"))
+    arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(two).items()]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=110,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout and done.stdout.count("step 4/4 |") == 1
+    a, b = load_checkpoint(one.out_dir), load_checkpoint(two.out_dir)
+    assert a["model"]["blocks.1.ffn.bias"].any()
+    for name in a["model"]:
+        assert (a["model"][name] - b["model"][name]).abs().max() < 1e-6, name
+    records = log_of(one.out_dir), log_of(two.out_dir)
+    assert len(records[0]) == 4
+    for ours, theirs in zip(*records, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-6, abs=1e-6)
+    assert a["best_val"] == pytest.approx(b["best_val"], rel=1e-6)
+
+
+def test_the_gradient_is_that_of_one_large_batch(settings, data):
+    """Two micro-steps of 4 rows give the gradient of the 8 rows together (before clipping: the norm that is logged)."""
+    cfg = settings(max_steps=1, warmup_steps=0)
+    main(cfg)
+    torch.manual_seed(cfg.seed)
+    model = Transformer(ModelConfig(**load_checkpoint(cfg.out_dir)["model_config"]))
+    cfg.seq_len = 32
+    train, _, _ = open_data(data)
+    x, y = (torch.cat(rows) for rows in zip(*(get_batch(train, cfg, 0, i, ALONE) for i in range(2))))
+    loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    (record,) = log_of(cfg.out_dir)
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert record["norm"] == pytest.approx(norm, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------- errors and the estimate
+
+
+def leaves(cfg):
+    with pytest.raises(SystemExit) as left:
+        main(cfg)
+    assert str(left.value).startswith("error: ")
+    return str(left.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings):
+    cfg = settings(lr=1e30, warmup_steps=0, max_steps=30, save_every=1)
+    message = leaves(cfg)
+    assert "at step " in message and f"{cfg.out_dir}/ckpt.pt" in message and "--lr (now 1e+30)" in message
+    checkpoint = load_checkpoint(cfg.out_dir)
+    assert all(w.isfinite().all() for w in checkpoint["model"].values()), "the last good checkpoint must be good"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(settings, monkeypatch):
+    """The loss may be fine and its gradient not: then the weights are spoilt, and must not replace the good ones."""
+    def spoil():
+        model = spoilt[0]
+        model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+
+    spoilt = []
+    monkeypatch.setattr(pretrain, "compile_model", lambda model, cfg, env: spoilt.append(model))
+    stop_during(monkeypatch, 3, spoil)
+    cfg = settings(save_every=1)
+    message = leaves(cfg)
+    assert "norm nan at step 3" in message
+    checkpoint = load_checkpoint(cfg.out_dir)
+    assert checkpoint["step"] == 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
+
+
+def test_missing_data_says_how_to_make_it(settings):
+    message = leaves(settings(data_dir="data/baby"))
+    assert "python prepare.py baby --input=FILE_OR_FOLDER" in message and "--data_dir=data/poems" in message
+
+
+def test_too_little_text(settings, data, tmp_path, other_data):
+    folder = write_folder(tmp_path / "tiny", data + "/tokenizer.model", ["一，二，"], ["三，四，"])
+    message = leaves(settings(data_dir=folder))
+    assert folder in message and "fewer than one row of seq_len=32" in message
+    message = leaves(settings(anneal_dir=folder, anneal_steps=2))
+    assert folder in message and "fewer than one row" in message
+    folder = write_folder(tmp_path / "no_val", data + "/tokenizer.model", ["一，二，" * 50], [])
+    assert f"{folder} has no text held out" in leaves(settings(data_dir=folder))
+
+
+def test_rows_longer_than_the_model_sees(settings):
+    assert "seq_len=64 is more than the model can see, max_seq_len=32" in leaves(settings(seq_len=64))
+
+
+def test_grad_accum_must_be_shared_evenly(settings, monkeypatch):
+    monkeypatch.setattr(pretrain, "start", lambda cfg: Env(0, 2, torch.device("cpu"), torch.float32))
+    assert "grad_accum=3 must be a multiple of the 2 processes" in leaves(settings(grad_accum=3))
+
+
+def test_estimate(settings, capsys, monkeypatch):
+    """It prints the plan of a large model at once, and makes neither weights nor files."""
+    monkeypatch.setattr(pretrain, "peak_flops", lambda env: 50e9)
+    cfg = settings(estimate=True, dim=4096, n_layers=32, n_heads=32, n_kv_heads=0, hidden_dim=11008, max_seq_len=4096,
+                   tie_embeddings=False, batch_size=2, grad_accum=8, max_steps=1000)
+    main(cfg)
+    out = capsys.readouterr().out
+    V = 320
+    blocks = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    total = blocks + 2 * V * 4096
+    assert f"{total:,} ({total - V * 4096:,} multiply each token)" in out
+    assert f"{1000 * 8 * 2 * 4096:,} (1,000 steps of {8 * 2 * 4096:,})" in out
+    flops = 6 * (total - V * 4096) + 6 * 32 * 4096 * 4096
+    assert f"{flops / 1e9:.3f} GFLOPs a token, {flops * 65_536_000:.2e} in all" in out
+    assert f"{16 * total / 2**30:.1f} GiB" in out and "H100" in out and "hours" in out
+    assert f"this device     {flops * 65_536_000 / 50e9 / 0.4 / 3600:,.2f} hours" in out
+    assert not os.path.exists(cfg.out_dir)

@@ -1,0 +1,347 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sft
+from common import Env, Split, load_checkpoint, open_data, save_checkpoint
+from conftest import ROOT
+from model import ModelConfig, Transformer
+from tokenizer import render_chat, train_tokenizer
+
+CPU = Env(0, 1, torch.device("cpu"), torch.float32)
+TALKS = [("春夜", "山中一夜雨，树杪百重泉。"), ("你是谁？", "我是明月。"), ("守株待兔是什么意思？", "比喻妄想不劳而得。"),
+         ("背诵静夜思", "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"), ("你好", "你好！"), ("猪鼻子插葱", "装象。")]
+
+
+def conversation(i):
+    """One turn, or three where i is a multiple of 5; some with a system turn."""
+    turns = [{"role": "system", "content": "你是诗人。"}] if i % 4 == 0 else []
+    for j in range(3 if i % 5 == 0 else 1):
+        question, answer = TALKS[(i + j) % len(TALKS)]
+        turns += [{"role": "user", "content": f"{i}{question}"}, {"role": "assistant", "content": answer * (1 + i % 2)}]
+    return turns
+
+
+def write_data(folder, tokenizer_file, tok, splits):
+    """splits: {"train": [(ids, mask), …], "val": …}"""
+    os.makedirs(folder)
+    meta = {"kind": "sft", "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
+            "tokenizer": "tokenizer.model"}
+    for split, documents in splits.items():
+        np.concatenate([ids for ids, _ in documents]).astype("<u2").tofile(f"{folder}/{split}.bin")
+        np.concatenate([mask for _, mask in documents]).astype(np.uint8).tofile(f"{folder}/{split}.mask")
+        idx = np.cumsum([0] + [len(ids) for ids, _ in documents]).astype(np.int64)
+        idx.tofile(f"{folder}/{split}.idx")
+        meta[split] = {"tokens": int(idx[-1]), "documents": len(documents)}
+    with open(f"{folder}/meta.json", "w") as f:
+        json.dump(meta, f)
+    tok.save(f"{folder}/tokenizer.model")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(sft, "peak_flops", lambda env: 1e12)  # measuring it takes longer than the runs
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with data/ and the tiny run base/, as prepare.py and pretrain.py would leave them; and the tokenizer."""
+    root = str(tmp_path_factory.mktemp("sft"))
+    tok = train_tokenizer(["".join(q + a for q, a in TALKS) + "你是诗人。0123456789 user assistant system"],
+                          f"{root}/tok", 420, character_coverage=1.0)
+    talks = [render_chat(tok, conversation(i)) for i in range(48)]
+    write_data(f"{root}/data", f"{root}/tok", tok, {"train": talks[:40], "val": talks[40:]})
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256)
+    model = Transformer(config)
+    save_checkpoint(f"{root}/base/ckpt.pt", {
+        "stage": "pretrain", "step": 1, "model": model.state_dict(), "model_config": dataclasses.asdict(config),
+        "config": {}, "fingerprint": tok.fingerprint, "best_val": 9.0}, f"{root}/tok")
+    return root, tok
+
+
+def settings(root, **changes):
+    defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2, grad_accum=2,
+                    max_steps=4, schedule="wsd", warmup_steps=0, lr=1e-3, sample_every=0, save_every=100, device="cpu",
+                    compile=False)
+    return sft.Config(**{**defaults, **changes})
+
+
+def setup(place, **changes):
+    root, tok = place
+    cfg = settings(root, seq_len=256, **changes)
+    train, val, _ = open_data(cfg.data_dir, "sft")
+    checkpoint = load_checkpoint(cfg.init_from)
+    model = Transformer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return cfg, train, model, tok
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= atol, name
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("seq_len", [256, 512])
+def test_packing_covers_every_conversation_once_and_wastes_little(seq_len):
+    rng = np.random.default_rng(3)
+    lengths = np.clip(rng.lognormal(4.0, 0.6, 20_000), 12, 900).astype(np.int64)  # mean 65, as the poems recipe
+    cfg = sft.Config(seq_len=seq_len)
+    fits = np.flatnonzero(lengths <= seq_len)
+    rows = sft.pack(lengths, cfg, 1, 0)
+    assert sorted(i for row in rows for i in row) == fits.tolist()
+    assert max(lengths[row].sum() for row in rows) <= seq_len
+    assert 1 - lengths[fits].sum() / len(rows) / seq_len < 0.05
+    assert rows == sft.pack(lengths, cfg, 1, 0)
+    assert rows != sft.pack(lengths, cfg, 1, 1)
+    alone = sft.pack(lengths, dataclasses.replace(cfg, packing=False), 1, 0)
+    assert sorted(alone) == [[i] for i in fits.tolist()]
+
+
+def test_packing_fills_gaps_exactly():
+    lengths = np.array([6, 6, 4, 4, 11, 10, 0])  # 11 does not fit, 0 teaches nothing
+    rows = sft.pack(lengths, sft.Config(seq_len=10), 0)
+    assert sorted(sorted(lengths[row].tolist()) for row in rows) in ([[4, 4], [6], [6], [10]], [[4, 6], [4, 6], [10]])
+    assert sorted(sum(rows, [])) == [0, 1, 2, 3, 5]
+
+
+def test_targets_follow_inputs_and_learn_the_answers_alone(place):
+    cfg, train, model, tok = setup(place)
+    ids, targets, mask, docs = sft.get_batch(train, [[0, 1], [5]], cfg, tok.pad_id, CPU)
+    assert ids.shape == targets.shape == mask.shape == docs.shape == (2, 256)
+    for row, numbers in enumerate([[0, 1], [5]]):
+        for number, i in enumerate(numbers, 1):
+            here = docs[row] == number
+            whole, _ = render_chat(tok, conversation(i))
+            assert ids[row][here].tolist() == whole[:-1] and targets[row][here].tolist() == whole[1:]
+            answers = "".join(m["content"] + "<|im_end|>" for m in conversation(i) if m["role"] == "assistant")
+            assert tok.decode(targets[row][here & (mask[row] > 0)].tolist()) == answers
+    padding = docs == 0
+    assert padding.any() and mask[padding].sum() == 0 and (ids[padding] == tok.pad_id).all()
+    # what a learned target follows is the end of the header or the answer so far, never another conversation
+    first = mask[0].nonzero()[0].item()
+    assert tok.decode(ids[0, :first + 1].tolist()).endswith("<|im_start|>assistant\n")
+
+
+def test_packed_rows_equal_each_conversation_alone(place):
+    cfg, train, model, tok = setup(place)
+    rows = [[3, 0, 7], [5, 12], []]  # and a row of nothing but padding
+    ids, targets, mask, docs = sft.get_batch(train, rows, cfg, tok.pad_id, CPU)
+    packed = model(ids, targets, mask, docs)
+    packed.backward()
+    packed_grads = gradients(model)
+    alone = 0.0
+    for i in sum(rows, []):
+        whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
+        logits = model(whole[None, :-1])[0]
+        alone = alone + (F.cross_entropy(logits, whole[1:], reduction="none") * learned[1:]).sum()
+    alone.backward()
+    assert abs(packed - alone) / mask.sum() <= 2e-5
+    assert_close(packed_grads, gradients(model), 2e-5 * mask.sum())
+
+
+def test_no_loss_and_no_sight_across_borders(place):
+    cfg, train, model, tok = setup(place)
+    ids, targets, mask, docs = sft.get_batch(train, [[1, 2]], cfg, tok.pad_id, CPU)
+    second = docs == 2
+    with torch.no_grad():
+        before = model(ids, docs=docs)[second]
+        others = torch.where(docs == 1, (ids + 17) % 400, ids)
+        assert torch.equal(before, model(others, docs=docs)[second])
+    border = (docs == 1).nonzero()[-1]  # the last input of the first conversation predicts its own last token
+    assert targets[tuple(border)] == train.document(1)[0][-1]
+
+
+def test_micro_steps_do_not_change_the_mean(place):
+    """Two rows at once = one after the other, though they learn different numbers of tokens."""
+    cfg, train, model, tok = setup(place)
+    rows = [[0, 5], [4]]
+    ids, targets, mask, docs = sft.get_batch(train, rows, cfg, tok.pad_id, CPU)
+    assert mask[0].sum() != mask[1].sum()
+    model(ids, targets, mask / mask.sum(), docs).backward()
+    together = gradients(model)
+    learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)
+    assert learned[sum(rows, [])].sum() == mask.sum()
+    for row in rows:
+        x, y, m, d = sft.get_batch(train, [row], cfg, tok.pad_id, CPU)
+        model(x, y, m / learned[sum(rows, [])].sum(), d).backward()
+    assert_close(together, gradients(model), 1e-6)
+
+
+# ---------------------------------------------------------------------------- evaluation and noise
+
+
+def test_loss_and_accuracy_by_hand():
+    class Counter(torch.nn.Module):  # hidden state = one-hot of the input; the head says: the next token is id + 1
+        config = ModelConfig(vocab_size=8, dim=8, n_heads=1)
+        head_weight = torch.eye(8).roll(1, 0) * 2
+
+        def hidden(self, ids, docs):
+            return F.one_hot(ids, 8).float()
+
+    # documents 1 2 3 | 4 5 5 | 6 0; learned: 3, 5, 5, 0; right: 3, first 5 -> 2 of 4
+    split = Split(np.array([1, 2, 3, 4, 5, 5, 6, 0]), np.array([0, 0, 1, 0, 1, 1, 0, 1], np.uint8),
+                  np.array([0, 3, 6, 8]), None, {})
+    cfg = sft.Config(seq_len=4, batch_size=1)
+    loss, accuracy = sft.evaluate(Counter(), split, [[0, 1], [2]], cfg, 7, CPU)
+    right, wrong = np.log(np.exp(2) + 7) - 2, np.log(np.exp(2) + 7)
+    assert accuracy == 0.5
+    assert loss == pytest.approx((2 * right + 2 * wrong) / 4, abs=1e-6)
+
+
+def test_neftune_noise_is_seeded_and_scaled_by_the_conversation():
+    docs = torch.tensor([[1] * 4 + [2] * 16 + [0] * 5])
+    noise = sft.neftune_noise(docs, 64, 5.0, 1, 2, 3)
+    assert torch.equal(noise, sft.neftune_noise(docs, 64, 5.0, 1, 2, 3))
+    assert not torch.equal(noise, sft.neftune_noise(docs, 64, 5.0, 1, 2, 4))
+    for number, length in ((1, 4), (2, 16)):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert 0.95 * bound < noise[docs == number].abs().max() <= bound
+        assert noise[docs == number].abs().mean() == pytest.approx(bound / 2, rel=0.1)
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+def run(cfg):
+    sft.main(cfg)
+    return load_checkpoint(cfg.out_dir)
+
+
+def read_log(cfg):
+    with open(f"{cfg.out_dir}/log.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def assert_same_run(a, b):
+    assert a["step"] == b["step"] and a["best_val"] == b["best_val"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for x, y in zip(a["optimizers"], b["optimizers"]):
+        for i in x["state"]:
+            assert all(torch.equal(x["state"][i][k], y["state"][i][k]) for k in x["state"][i])
+
+
+def check_resume(root, name, **changes):
+    whole = run(settings(root, out_dir=f"{root}/{name}-whole", eval_every=2, **changes))
+    run(settings(root, out_dir=f"{root}/{name}-parts", eval_every=2, **{**changes, "max_steps": 2}))
+    parts = run(settings(root, out_dir=f"{root}/{name}-parts", eval_every=2, **changes))
+    assert_same_run(whole, parts)
+    return whole
+
+
+def check_two_ranks(root, name, **changes):
+    """The gradients of the first step (AdamW's first moment is a tenth of them) and the losses agree to 1e-6."""
+    one = settings(root, out_dir=f"{root}/{name}-one", max_steps=1, grad_clip=0.0, **changes)
+    two = dataclasses.replace(one, out_dir=f"{root}/{name}-two")
+    a = run(one)
+    words = [f"--{k}={getattr(two, k)}" for k in ("data_dir", "init_from", "out_dir", "batch_size", "grad_accum", "seq_len",
+             "max_steps", "schedule", "warmup_steps", "grad_clip", "lr", "sample_every", "device", "compile", "lora_rank",
+             "neftune_alpha")]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           os.path.join(ROOT, "sft.py"), *words], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    b = load_checkpoint(two.out_dir)
+    first, second = a["optimizers"][0]["state"], b["optimizers"][0]["state"]
+    assert first.keys() == second.keys() and len(first) > 0
+    for i in first:
+        assert (first[i]["exp_avg"] - second[i]["exp_avg"]).abs().max() * 10 <= 1e-6
+    for x, y in zip(read_log(one), read_log(two), strict=True):
+        for key in ("loss", "val_loss", "val_accuracy", "learned_share"):
+            assert x[key] == pytest.approx(y[key], abs=1e-6), key
+        assert x["norm"] == pytest.approx(y["norm"], abs=1e-5)
+
+
+def test_learns_and_answers(place, capsys):
+    root, tok = place
+    cfg = settings(root, out_dir=f"{root}/learn", max_steps=0, epochs=12, lr=1e-2, batch_size=4, grad_accum=1,
+                   questions="你是谁？|你好", sample_every=20)
+    checkpoint = run(cfg)
+    printed = capsys.readouterr().out
+    records = read_log(cfg)
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
+    assert 0 <= records[-1]["val_accuracy"] <= 1 and "val_loss" in records[-1]
+    assert checkpoint["step"] == checkpoint["config"]["max_steps"] == len(records)
+    assert "question: 你好\n  answer: " in printed and "40 conversations (0 longer than a row left out)" in printed
+    assert os.path.exists(f"{root}/learn/best.pt") and os.path.exists(f"{root}/learn/tokenizer.model")
+
+
+def test_two_epochs_visit_every_conversation_twice(place, monkeypatch):
+    root, _ = place
+    seen, real = [], sft.get_batch
+
+    def spy(split, rows, cfg, pad_id, env):
+        if len(split) == 40:
+            seen.extend(i for row in rows for i in row)
+        return real(split, rows, cfg, pad_id, env)
+
+    monkeypatch.setattr(sft, "get_batch", spy)
+    run(settings(root, out_dir=f"{root}/epochs", max_steps=0, epochs=2.0, batch_size=1, grad_accum=1))
+    assert sorted(seen) == sorted(list(range(40)) * 2)
+
+
+def test_resume_bit_for_bit(place):
+    check_resume(place[0], "resume", neftune_alpha=5.0)
+
+
+def test_noise_off_changes_nothing_and_on_changes_something(place):
+    root, _ = place
+    runs = [run(settings(root, out_dir=f"{root}/noise{i}", max_steps=2, neftune_alpha=alpha))
+            for i, alpha in enumerate((0.0, 1e-30, 5.0))]
+    assert_same_run(runs[0], runs[1])
+    assert any(not torch.equal(runs[0]["model"][k], runs[2]["model"][k]) for k in runs[0]["model"])
+
+
+def test_two_ranks_equal_one(place):
+    check_two_ranks(place[0], "ranks", neftune_alpha=5.0)
+
+
+def test_errors_name_the_fix(place):
+    root, tok = place
+    with pytest.raises(SystemExit, match="exceeds the 256 tokens"):
+        sft.main(settings(root, seq_len=512))
+    with pytest.raises(SystemExit, match="none of the 40 conversations"):
+        sft.main(settings(root, seq_len=4))
+    other = load_checkpoint(f"{root}/base")
+    with open(f"{root}/data/meta.json") as f:
+        meta = json.load(f)
+    os.makedirs(f"{root}/foreign")
+    for name in os.listdir(f"{root}/data"):
+        os.symlink(f"{root}/data/{name}", f"{root}/foreign/{name}")
+    os.remove(f"{root}/foreign/meta.json")
+    with open(f"{root}/foreign/meta.json", "w") as f:
+        json.dump({**meta, "fingerprint": "f" * 64}, f)
+    with pytest.raises(SystemExit, match=f"ffffffffffff.*{other['fingerprint'][:12]}"):
+        sft.main(settings(root, data_dir=f"{root}/foreign"))
+
+
+def test_mixture_of_experts_balances_in_full_tuning_alone(place):
+    root, tok = place
+    config = ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256, n_experts=4, hidden_dim=48)
+    save_checkpoint(f"{root}/moe/ckpt.pt", {
+        "stage": "pretrain", "step": 1, "model": Transformer(config).state_dict(), "config": {}, "best_val": 9.0,
+        "model_config": dataclasses.asdict(config), "fingerprint": tok.fingerprint}, f"{root}/tok")
+    full = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-full", max_steps=1))
+    assert full["model"]["blocks.1.ffn.bias"].abs().max() > 0
+    lora = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-lora", max_steps=1, lora_rank=2))
+    assert "blocks.1.ffn.shared.down.lora_a" in lora["model"]
+    assert not any("router" in name or "bias" in name for name in lora["model"])

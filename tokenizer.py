@@ -1,0 +1,256 @@
+"""
+Text to token ids and back: train a vocabulary, load an existing one, lay out a chat, decode a stream.
+
+    python tokenizer.py data/poems "床前明月光"        # print the pieces and their ids
+
+in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3), told apart by content
+out: token ids. Every vocabulary has the four SPECIAL_TOKENS; encode() never yields one, whatever a text says
+"""
+
+import base64
+import codecs
+import collections
+import hashlib
+import io
+import os
+import re
+import sys
+
+import sentencepiece
+import tiktoken
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+
+# How tiktoken cuts text before it merges. The rank files come without it, so it is chosen by the number of ranks.
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+LLAMA3_RANKS = 128_000
+LLAMA3_SPECIALS = (
+    "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+
+
+class Tokenizer:
+    """A vocabulary and its chat tokens, made by load_tokenizer() or train_tokenizer().
+
+    vocab_size counts the chat tokens. fingerprint is the sha256 of everything that decides the ids: data and weights
+    belong together when their fingerprints are equal.
+    """
+
+    def __init__(self, data, encode, pieces, specials, rule="", dummy_prefix=False):
+        self.data = data                    # the vocabulary file's own bytes; save() writes them back unchanged
+        self._encode = encode               # text -> ids of the base vocabulary
+        self.pieces = dict(enumerate(pieces))   # id -> bytes
+        self.dummy_prefix = dummy_prefix    # whether encoding puts a space before the text
+        specials = dict(specials)           # name -> id
+        size = max([len(pieces), *(i + 1 for i in specials.values())])
+        for name in SPECIAL_TOKENS:         # a foreign vocabulary gets the ones it lacks, after its own ids
+            if name not in specials:
+                specials[name] = size
+                size += 1
+        self.vocab_size = size
+        self.special_names = {i: name for name, i in specials.items()}
+        self.pieces.update((i, name.encode()) for i, name in self.special_names.items())
+        self.eot_id, self.im_start_id, self.im_end_id, self.pad_id = (specials[name] for name in SPECIAL_TOKENS)
+        self.fingerprint = hashlib.sha256(data + repr((rule, sorted(specials.items()))).encode()).hexdigest()
+
+    def encode(self, text):
+        """Ids of `text`, never a special token: "<|im_end|>" typed by a user stays ten ordinary characters."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:          # half of a surrogate pair (broken JSON, a terminal) is no character
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._encode(text)
+
+    def decode_bytes(self, ids, skip_special=False):
+        """The bytes the ids stand for. An id beyond the vocabulary (padding rows of a model) becomes U+FFFD."""
+        special = self.special_names if skip_special else ()
+        return b"".join(self.pieces.get(int(i), b"\xef\xbf\xbd") for i in ids if int(i) not in special)
+
+    def decode(self, ids, skip_special=False):
+        text = self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.dummy_prefix else text
+
+    def save(self, path):
+        with open(path, "wb") as f:
+            f.write(self.data)
+
+
+class StreamDecoder:
+    """Decodes ids as they are generated. A Chinese character is often split over two or three tokens, so push() holds
+    back bytes until a character is whole; all pushes and flush() joined equal tok.decode() of the ids.
+    To go on after a prompt, push the prompt first and drop what it returns."""
+
+    def __init__(self, tok, skip_special=False):
+        self.tok = tok
+        self.skip_special = skip_special
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.at_start = tok.dummy_prefix
+
+    def push(self, id):
+        return self._strip(self.utf8.decode(self.tok.decode_bytes([id], self.skip_special)))
+
+    def flush(self):
+        return self._strip(self.utf8.decode(b"", final=True))
+
+    def _strip(self, text):
+        if self.at_start and text:
+            self.at_start = False
+            return text.removeprefix(" ")
+        return text
+
+
+def render_chat(tok, messages, add_generation_prompt=False):
+    """ChatML: `<|im_start|>role\\n…<|im_end|>\\n` a message, [{"role": …, "content": …}] in, (ids, mask) out.
+
+    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0.
+    Header and words are encoded apart, so a prompt made with add_generation_prompt is a prefix of the row to train on.
+    """
+    newline = tok.encode("\n")
+    ids, mask = [], []
+    for message in messages:
+        header = [tok.im_start_id] + tok.encode(message["role"] + "\n")
+        words = tok.encode(message["content"]) + [tok.im_end_id]
+        learned = int(message["role"] == "assistant")
+        ids += header + words + newline
+        mask += [0] * len(header) + [learned] * len(words) + [0] * len(newline)
+    if add_generation_prompt:
+        header = [tok.im_start_id] + tok.encode("assistant\n")
+        ids += header
+        mask += [0] * len(header)
+    return ids, mask
+
+
+def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_characters=10_000_000):
+    """Train a byte-fallback BPE on the first `max_characters` of `texts` (give them shuffled) and write it to `path`.
+
+    Whatever is in the text comes back byte for byte: nothing is normalised, spaces and newlines are kept, characters
+    outside the vocabulary are spelled in bytes. character_coverage is the share of the text's characters that get a
+    piece of their own; it is lowered, down to 0.98, where these would leave less than a third of the vocabulary to
+    longer pieces. A text too short for vocab_size gives a smaller vocabulary.
+    """
+    lines = list(_training_lines(texts, max_characters))
+    counts = collections.Counter()
+    for line in lines:
+        counts.update(line)
+    if not counts:
+        raise ValueError("there is no text to train a tokenizer on")
+    most = sum(n for _, n in counts.most_common(max(vocab_size * 2 // 3 - 263, 0))) / counts.total()  # 263: bytes etc.
+    if character_coverage > max(most, 0.98):
+        print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={max(most, 0.98):.4f}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            character_coverage=min(character_coverage, max(most, 0.98)), hard_vocab_limit=False,
+            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, split_digits=True,
+            user_defined_symbols=["\n", "\t"],          # the trainer drops them from its pieces: they end its lines
+            control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them
+            unk_id=0, bos_id=-1, eos_id=1, eos_piece=SPECIAL_TOKENS[0], pad_id=2, pad_piece=SPECIAL_TOKENS[3],
+            num_threads=os.cpu_count(), minloglevel=2)
+    except RuntimeError as e:
+        raise ValueError(f"cannot train {vocab_size} tokens on {len(counts)} characters: raise vocab_size, or "
+                         f"set character_coverage between 0.98 and 1 (sentencepiece: {e})") from e
+    with open(path, "wb") as f:
+        f.write(model.getvalue())
+    return load_tokenizer(path)
+
+
+def _training_lines(texts, max_characters):
+    """Lines of at most 1,000 characters: the trainer silently leaves out those over 4,192 bytes."""
+    for text in texts:
+        for line in text[:max_characters].split("\n"):
+            yield from (line[i:i + 1000] for i in range(0, len(line), 1000))
+        max_characters -= len(text)
+        if max_characters <= 0:
+            return
+
+
+def load_tokenizer(path):
+    """Open a vocabulary: a sentencepiece model, a tiktoken rank file, or a folder with either as tokenizer.model."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "tokenizer.model")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, "
+                                "or a folder that holds tokenizer.model")
+    with open(path, "rb") as f:
+        data = f.read()
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
+        return _load_tiktoken(data, path)
+    return _load_sentencepiece(data, path)
+
+
+def _load_sentencepiece(data, path):
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as e:
+        raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken rank file (a tokenizer.json of "
+                         "transformers cannot be read: take the .model beside it)") from e
+    pieces, specials = [], {}
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i):
+            specials[piece] = i
+        if sp.is_byte(i):                           # written "<0xE5>"
+            pieces.append(bytes([int(piece[3:5], 16)]))
+        elif sp.is_unknown(i):
+            pieces.append(" ⁇ ".encode())
+        else:
+            pieces.append(piece.replace("▁", " ").encode())
+
+    encode = sp.encode
+    if sp.normalize(" a  b ") == "▁a▁▁b▁" and sp.piece_to_id("<0xE2>") != sp.unk_id():
+        # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes. Only
+        # where all else is kept too; other vocabularies are to encode exactly as sentencepiece does.
+        underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+
+        def encode(text):
+            first, *rest = text.split("▁")
+            ids = sp.encode(first)
+            for part in rest:
+                ids += underline + sp.encode(part)
+            return ids
+
+    return Tokenizer(data, encode, pieces, specials, dummy_prefix=sp.normalize("a") == "▁a")
+
+
+def _load_tiktoken(data, path):
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if line:
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: not a base64 token and its rank, but {line[:60]!r}") from e
+    pieces = sorted(ranks, key=ranks.get)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or [ranks[piece] for piece in pieces] != list(range(len(pieces))):
+        raise ValueError(f"{path}: not a whole rank file: ranks must run from 0 without gaps, and all 256 bytes be "
+                         f"there ({len(missing)} bytes are missing)")
+    llama3 = len(pieces) == LLAMA3_RANKS
+    pattern = LLAMA3_PATTERN if llama3 else QWEN_PATTERN
+    specials = {name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIALS)} if llama3 else {}
+    bpe = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text):   # in slices, as Llama 3 does: a million spaces at once overflow the stack of tiktoken's regex
+        return [i for start in range(0, len(text), 400_000) for i in bpe.encode_ordinary(text[start:start + 400_000])]
+
+    return Tokenizer(data, encode, pieces, specials, rule=pattern)
+
+
+def main():
+    tok = load_tokenizer(sys.argv[1])
+    text = " ".join(sys.argv[2:])
+    ids = tok.encode(text)
+    print(" ".join(f"{tok.pieces[i].decode(errors='backslashreplace')!r}:{i}" for i in ids))
+    print(f"{len(text)} characters, {len(ids)} tokens, vocabulary {tok.vocab_size}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main()
