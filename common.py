@@ -59,7 +59,7 @@ def start(cfg, announce=True):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # the first optimizer imports this; after init its default arguments would hold the group beyond its destruction,
+        # the first optimizer imports this; after init its default arguments would hold the group past its destruction,
         # and gloo's threads, still alive when Python ends, abort now and then
         from torch.distributed.nn import functional  # noqa: F401
         dist.init_process_group("nccl" if "cuda" in device else "gloo")
@@ -350,7 +350,7 @@ def load_model(folder, device="cpu"):
     path = os.path.normpath(os.path.join(folder, checkpoint["lora"]["base"]))
     model, _, base = load_model(path)
     if weights_hash(base["model"]) != checkpoint["lora"]["base_hash"]:
-        raise SystemExit(f"error: {path} has other weights now than when the adapters in {folder} were trained over it: "
+        raise SystemExit(f"error: {path} has other weights now than when the adapters in {folder} were trained: "
                          "train them again, or put the old base back")
     model = merge_lora(load_lora(add_lora(model, **checkpoint["lora"]), checkpoint["model"]))
     return model.to(device).eval(), tokenizer, checkpoint

@@ -395,14 +395,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(i, i + chunk_size(len(weight)))
             logits = F.linear(x[part], weight).float()
             target = targets[part].clamp(min=0)[:, None]
-            logsumexp = logits.logsumexp(-1, keepdim=True)
-            loss += (weights[part] * (logsumexp - logits.gather(1, target)).squeeze(1)).sum()
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target) - largest
+            probs = logits.sub_(largest).exp_()                                    # softmax, once divided by its sum
+            total = probs.sum(-1, keepdim=True)
+            loss += (weights[part] * (total.log() - chosen).squeeze(1)).sum()
             if with_grad:
-                grad = logits.sub_(logsumexp).exp_()                               # softmax, in place
-                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-                grad.mul_(weights[part, None])
-                grad_x[part] = grad.to(x.dtype) @ weight.to(x.dtype)
-                grad_weight += grad.to(x.dtype).T @ x[part]
+                grad = probs.div_(total).scatter_add_(1, target, total.new_full((1, 1), -1.0).expand_as(target))
+                grad = grad.to(x.dtype)  # not yet times weights: a row's weight is cheaper put on C numbers than on V
+                grad_x[part] = (grad @ weight.to(x.dtype)) * weights[part, None]
+                grad_weight += grad.T @ (x[part] * weights[part, None]).to(x.dtype)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_weight)
         return loss

@@ -6,7 +6,7 @@ Raw files, or a named recipe, to a folder of tokens that the stages open with me
     python prepare.py my_sft --input=chat.jsonl --kind=sft --tokenizer=data/my_data
     python prepare.py my_sft --show=5                                  # look at a folder: learned tokens are green
 
-in:  .txt .jsonl .json .csv .parquet, plain, .gz or .zst; every record's schema is told by its fields (see "schemas")
+in:  .txt .jsonl .json .csv .parquet, plain, .gz or .zst; every record's schema is told by its fields (records.py)
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
 Two passes. The first reads, cleans and hashes every document (8 bytes of BLAKE2 with the seed as its key) and drops it
@@ -19,7 +19,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -59,13 +58,15 @@ class Config:
     tokenizer: str = ""  # a vocabulary file or data folder; empty: train one on this text
     vocab_size: int = 16384  # of a trained one
     character_coverage: float = 0.9995  # share of the text's characters that get a token, the rest is spelled in bytes
+    tokenizer_characters: int = 4_000_000  # of the text, to train it on: takes about 70 bytes of memory each
     # running
     workers: int = 0  # processes, 0: one a core
     show: int = 0  # examples to print at the end; alone, those of an existing folder
 
 
 DATA = "data"
-BUCKET_BYTES = 4_000_000
+BUCKET_BYTES = 4_000_000  # of text: small enough for many workers, large enough to be worth a file
+HELD_BYTES = 64_000_000  # of documents on their way into the buckets
 AUTO, TRAIN, VAL = 0, 1, 2  # which split a record asks for
 HEADER = struct.Struct("<QBI")  # of a document in a bucket: hash, split, length
 
@@ -96,10 +97,10 @@ def read_documents(files, cfg, counts):
         try:
             document = to_document(record, cfg)
         except Skip as e:
-            reason, detail = e.args[0], "".join(f": {text}" for text in e.args[1:])
+            reason = e.args[0]
             counts["skipped", reason] += 1
             if counts["skipped", reason] <= 3:
-                tqdm.write(f"skipped {where}: {reason}{detail}", file=sys.stderr)
+                tqdm.write(f"skipped {where}: {': '.join(e.args)}"[:300], file=sys.stderr)
             continue
         if cfg.kind == "text" and len(document.decode()) < cfg.min_length:
             counts["dropped", "too short"] += 1
@@ -121,7 +122,7 @@ def to_document(record, cfg):
     except (AttributeError, TypeError, ValueError, KeyError) as e:  # a field holds something unheard of
         raise Skip("wrong type", f"{e} in {str(record)[:60]!r}") from e
     if not text.strip():
-        raise Skip("empty", str(record)[:60])
+        raise Skip("empty", repr(record)[:60])
     return document
 
 
@@ -141,7 +142,7 @@ def fill_buckets(documents, folder, buckets, seed):
         key = int.from_bytes(digest, "big")
         held[key * buckets >> 64] += HEADER.pack(key, split, len(document)) + document
         size += HEADER.size + len(document)
-        if size > 64_000_000:
+        if size > HELD_BYTES:
             flush()
             size = 0
         count += 1
@@ -241,7 +242,7 @@ def tokenize_bucket(bucket):
         split = "val" if split == VAL or split == AUTO and key >= worker["held_out_from"] else "train"
         rows = render(tok, cfg.kind, document, cfg.max_length, counts)
         for ids, mask, text in rows:
-            parts[split, "bin"] += np.array(ids, worker["dtype"]).tobytes()
+            parts[split, "bin"] += np.array(ids, worker["dtype"]).tobytes()  # raises where an id does not fit
             parts[split, "mask"] += bytes(mask or ())
             parts[split, "idx"] += np.int64(len(ids)).tobytes()
             parts[split, "group"] += np.int32(counts[split, "groups"]).tobytes()
@@ -252,8 +253,11 @@ def tokenize_bucket(bucket):
             counts[split, "characters"] += len(text)
         counts[split, "groups"] += bool(rows)
     for (split, file), data in parts.items():
-        with open(os.path.join(folder, f"{bucket}.{split}.{file}"), "wb") as f:
-            f.write(data)
+        if file in FILES[cfg.kind]:
+            with open(os.path.join(folder, f"{bucket}.{split}.{file}"), "wb") as f:
+                f.write(data)
+    if documents:
+        os.remove(os.path.join(folder, f"{bucket}.documents"))
     return counts
 
 
@@ -280,8 +284,7 @@ def tokenize(cfg, folder, buckets, held_out_from, dtype, counts):
                 part = os.path.join(folder, f"{bucket}.{split}.{file}")
                 if os.path.exists(part):
                     append(part, f, file, counts[split, "tokens"], counts[split, "groups"])
-            for leftover in glob.glob(os.path.join(glob.escape(folder), f"{bucket}.*")):
-                os.remove(leftover)
+                    os.remove(part)
             counts.update(found)
 
 
@@ -351,7 +354,7 @@ def build(cfg, files, tok, folder):
     else:
         print("training the tokenizer", flush=True)
         tok = train_tokenizer(training_texts(folder, buckets, held_out_from), path, cfg.vocab_size,
-                              cfg.character_coverage)
+                              cfg.character_coverage, cfg.tokenizer_characters)
     dtype = "uint16" if tok.vocab_size <= 65_536 else "uint32"
     tokenize(cfg, folder, buckets, held_out_from, np.dtype(dtype).newbyteorder("<"), counts)
     if not counts["train", "documents"]:
@@ -401,7 +404,8 @@ def report(folder):
         print(f"  {name}: " + ", ".join(f"{n:,} {field}" for field, n in split.items()))
     if not val["documents"]:
         print("  val is EMPTY: training on this folder cannot measure a validation loss")
-    tokens, megabytes = train["tokens"] + val["tokens"], (train["bytes"] + val["bytes"]) / 1e6
+    tokens = sum(split.get("learned", split["tokens"]) for split in (train, val))  # those that characters counts
+    megabytes = (train["bytes"] + val["bytes"]) / 1e6
     print(f"  {(train['characters'] + val['characters']) / tokens:.2f} characters a token, {megabytes:.1f} MB in "
           f"{meta['seconds']} s, {megabytes / max(meta['seconds'], 0.1):.1f} MB/s")
 

@@ -78,7 +78,7 @@ def open_text(raw):
         raise Skip("binary file", "it holds zero bytes")
     elif not decodes(head, "utf-8") and decodes(head, "gb18030"):
         encoding = "gb18030"
-    return io.TextIOWrapper(raw, encoding, errors="surrogateescape", newline="\n")
+    return io.TextIOWrapper(raw, encoding, errors="surrogateescape", newline="")
 
 
 def decodes(head, encoding):
@@ -91,12 +91,15 @@ def decodes(head, encoding):
 
 
 def repair(line, encoding):
-    """Files glued from several sources change their encoding midway: decode such a line by itself."""
+    """Files glued from several sources change their encoding midway, so a line is judged by its own bytes. Text in
+    GB18030 is almost never valid UTF-8; where it may be, in lines of a few characters, the file's encoding decides."""
     try:
         line.encode()
-        return line
+        if encoding != "gb18030" or len(line) <= 4:
+            return line
     except UnicodeEncodeError:
-        data = line.encode(encoding.removesuffix("-sig"), "surrogateescape")
+        pass
+    data = line.encode(encoding.removesuffix("-sig"), "surrogateescape")
     for other in ("utf-8", "gb18030"):
         try:
             return data.decode(other)
@@ -114,7 +117,7 @@ def read_txt(raw, txt_document):
         except Skip as e:
             yield number, e
         size += len(line)
-        number += line.endswith("\n")
+        number += line.endswith(("\n", "\r"))
         if txt_document == "line" or txt_document == "blank" and not line.strip() or size >= MAX_CHARACTERS:
             if text := "".join(held).strip():
                 yield start, text

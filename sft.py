@@ -83,10 +83,11 @@ def pack(lengths, cfg, *seed):
     """Share conversations out to rows of seq_len tokens, in an order drawn from seed; return lists of numbers.
 
     Each goes to the row with the least room that still holds it (best fit), else to a new row; those longer than a row
-    are left out. Sorting by length would waste less still, but fill rows with conversations of one kind.
+    are left out. In every 64 of the order the longest come first: sorting all would fill rows with one kind.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero((lengths > 0) & (lengths <= cfg.seq_len)))
+    order = order[np.lexsort((-lengths[order], np.arange(len(order)) // 64))]
     rows, rooms = [], []  # rooms: (tokens left, row), sorted
     for i in order.tolist():
         k = bisect.bisect_left(rooms, (lengths[i],)) if cfg.packing else len(rooms)
@@ -249,7 +250,7 @@ def main(cfg):
             x, y, mask, docs = get_batch(train, step_rows[i * cfg.batch_size:(i + 1) * cfg.batch_size], cfg,
                                          tokenizer.pad_id, env)
             if cfg.neftune_alpha:
-                model.embed.noise = neftune_noise(docs, config.dim, cfg.neftune_alpha, cfg.seed, 0, i)
+                model.embed.noise = neftune_noise(docs, config.dim, cfg.neftune_alpha, cfg.seed, step, i)
             with env.autocast():
                 micro_loss = model(x, y, mask / n_learned, docs)
             scaler.scale(micro_loss * env.world).backward()  # average_gradients will divide by world

@@ -123,7 +123,7 @@ def render_chat(tok, messages, add_generation_prompt=False):
     return ids, mask
 
 
-def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_characters=10_000_000):
+def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_characters=4_000_000):
     """Train a byte-fallback BPE on the first `max_characters` of `texts` (give them shuffled) and write it to `path`.
 
     Whatever is in the text comes back byte for byte: nothing is normalised, spaces and newlines are kept, characters
@@ -137,7 +137,7 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_char
         counts.update(line)
     if not counts:
         raise ValueError("there is no text to train a tokenizer on")
-    most = sum(n for _, n in counts.most_common(max(vocab_size * 2 // 3 - 263, 0))) / counts.total()  # 263: bytes etc.
+    most = sum(n for _, n in counts.most_common(max(vocab_size * 2 // 3 - 266, 0))) / counts.total()  # 266: bytes etc.
     if character_coverage > max(most, 0.98):
         print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={max(most, 0.98):.4f}")
     model = io.BytesIO()
@@ -147,7 +147,8 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_char
             character_coverage=min(character_coverage, max(most, 0.98)), hard_vocab_limit=False,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, split_digits=True,
-            user_defined_symbols=["\n", "\t"],          # the trainer drops them from its pieces: they end its lines
+            # the trainer drops "\n" and "\t" from its pieces, as they end its lines; role names: one token a turn, not ten
+            user_defined_symbols=["\n", "\t", "system", "user", "assistant"],
             control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them
             unk_id=0, bos_id=-1, eos_id=1, eos_piece=SPECIAL_TOKENS[0], pad_id=2, pad_piece=SPECIAL_TOKENS[3],
             num_threads=os.cpu_count(), minloglevel=2)

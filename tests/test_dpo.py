@@ -218,6 +218,7 @@ def test_a_stale_reference_is_never_used(place, tmp_path, monkeypatch):
     prompts = [completions(tok, i, (2, 4, 3, 2)[i % 4]) for i in range(40)]
     prompts[0][0][1][:] = [0] * (len(prompts[0][0][1]) - 1) + [1]
     write_pairs(f"{tmp_path}/mask", tok, {"train": prompts[:28], "val": prompts[28:]})
+    assert logps(f"{root}/base", f"{root}/data")[1] == 2  # so that from here to the next line the mask alone differs
     assert logps(f"{root}/base", f"{tmp_path}/mask")[1] == 2
     assert logps(f"{root}/base", f"{tmp_path}/mask")[1] == 0
 

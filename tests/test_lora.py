@@ -96,7 +96,7 @@ def test_loss_and_gradients_equal_peft():
 
 
 def test_equals_peft_on_transformers_llama():
-    """An independent model too: there q, k, v and gate, up are apart, so B is cut in pieces and A's gradients add up."""
+    """An independent model too, with q, k, v, gate, up apart: B is cut in pieces and the gradients of A add up."""
     peft = pytest.importorskip("peft", reason="the oracle is peft")
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     ours, (ids, targets) = adapted(tiny(qkv_bias=False)), ids_and_targets()

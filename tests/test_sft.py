@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import sft
 from common import Env, Split, load_checkpoint, open_data, save_checkpoint
+from configurator import changed
 from conftest import ROOT
 from model import ModelConfig, Transformer
 from tokenizer import render_chat, train_tokenizer
@@ -69,9 +70,9 @@ def place(tmp_path_factory):
 
 
 def settings(root, **changes):
-    defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2, grad_accum=2,
-                    max_steps=4, schedule="wsd", warmup_steps=0, lr=1e-3, sample_every=0, save_every=100, device="cpu",
-                    compile=False)
+    defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2,
+                    grad_accum=2, max_steps=4, schedule="wsd", warmup_steps=0, lr=1e-3, sample_every=0, save_every=100,
+                    device="cpu", compile=False)
     return sft.Config(**{**defaults, **changes})
 
 
@@ -119,7 +120,7 @@ def test_packing_covers_every_conversation_once_and_wastes_little(seq_len):
 def test_packing_fills_gaps_exactly():
     lengths = np.array([6, 6, 4, 4, 11, 10, 0])  # 11 does not fit, 0 teaches nothing
     rows = sft.pack(lengths, sft.Config(seq_len=10), 0)
-    assert sorted(sorted(lengths[row].tolist()) for row in rows) in ([[4, 4], [6], [6], [10]], [[4, 6], [4, 6], [10]])
+    assert sorted(lengths[row].tolist() for row in rows) == [[6, 4], [6, 4], [10]]
     assert sorted(sum(rows, [])) == [0, 1, 2, 3, 5]
 
 
@@ -253,9 +254,7 @@ def check_two_ranks(root, name, **changes):
     one = settings(root, out_dir=f"{root}/{name}-one", max_steps=1, grad_clip=0.0, **changes)
     two = dataclasses.replace(one, out_dir=f"{root}/{name}-two")
     a = run(one)
-    words = [f"--{k}={getattr(two, k)}" for k in ("data_dir", "init_from", "out_dir", "batch_size", "grad_accum", "seq_len",
-             "max_steps", "schedule", "warmup_steps", "grad_clip", "lr", "sample_every", "device", "compile", "lora_rank",
-             "neftune_alpha")]
+    words = [f"--{key}={value}" for key, value in changed(two).items()]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            os.path.join(ROOT, "sft.py"), *words], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -285,8 +284,8 @@ def test_learns_and_answers(place, capsys):
     assert os.path.exists(f"{root}/learn/best.pt") and os.path.exists(f"{root}/learn/tokenizer.model")
 
 
-def test_two_epochs_visit_every_conversation_twice(place, monkeypatch):
-    root, _ = place
+def spy_on_batches(monkeypatch):
+    """Return a list that gets the training conversations in the order they are read."""
     seen, real = [], sft.get_batch
 
     def spy(split, rows, cfg, pad_id, env):
@@ -295,8 +294,34 @@ def test_two_epochs_visit_every_conversation_twice(place, monkeypatch):
         return real(split, rows, cfg, pad_id, env)
 
     monkeypatch.setattr(sft, "get_batch", spy)
-    run(settings(root, out_dir=f"{root}/epochs", max_steps=0, epochs=2.0, batch_size=1, grad_accum=1))
-    assert sorted(seen) == sorted(list(range(40)) * 2)
+    return seen
+
+
+def test_every_epoch_visits_every_conversation_once_in_new_rows(place, monkeypatch):
+    seen = spy_on_batches(monkeypatch)
+    run(settings(place[0], out_dir=f"{place[0]}/epochs", max_steps=0, epochs=2.0, batch_size=1, grad_accum=1))
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+    assert seen[:40] != seen[40:]
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_conversations_alone(place, monkeypatch):
+    cfg, _, model, tok = setup(place, out_dir=f"{place[0]}/mean", max_steps=1, grad_accum=2)
+    seen = spy_on_batches(monkeypatch)
+    run(cfg)
+    nats = learned_tokens = 0.0
+    for i in seen:
+        whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
+        nll = F.cross_entropy(model(whole[None, :-1])[0], whole[1:], reduction="none")
+        nats, learned_tokens = nats + (nll * learned[1:]).sum().item(), learned_tokens + learned[1:].sum().item()
+    assert len(seen) > 8
+    assert read_log(cfg)[0]["loss"] == pytest.approx(nats / learned_tokens, abs=2e-5)
+
+
+def test_noise_is_drawn_for_each_step_and_micro_step(place, monkeypatch):
+    seeds, real = [], sft.neftune_noise
+    monkeypatch.setattr(sft, "neftune_noise", lambda *args: seeds.append(args[3:]) or real(*args))
+    run(settings(place[0], out_dir=f"{place[0]}/seeds", max_steps=2, neftune_alpha=5.0))
+    assert seeds == [(1234, 0, 0), (1234, 0, 1), (1234, 1, 0), (1234, 1, 1)]
 
 
 def test_resume_bit_for_bit(place):

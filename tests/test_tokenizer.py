@@ -11,6 +11,7 @@ import tiktoken
 from hypothesis import given, settings, strategies
 
 import tokenizer
+from records import to_conversation
 from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer, render_chat, train_tokenizer
 
 POEMS = ["床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n", "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。\n",
@@ -243,7 +244,8 @@ def test_typed_special_tokens_stay_text(trained):
 
 
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-            "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+            "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
+            "{% endgeneration %}"
             "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
 
 
@@ -252,13 +254,15 @@ def as_transformers(tok):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of the chat layout")
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     sp = sentencepiece.SentencePieceProcessor(model_proto=tok.data)
+    whole = ["\n", "\t", "system", "user", "assistant"]     # found before anything is merged
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
     merges = [(a, b) for piece in vocab for a, b in ((piece[:k], piece[k:]) for k in range(1, len(piece)))
-              if a in vocab and b in vocab and not re.fullmatch("<.*>", piece)]
+              if a in vocab and b in vocab and not re.fullmatch("<.*>", piece) and piece not in whole]
     merges.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
     hf = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     hf.normalizer = normalizers.Replace(" ", "▁")
     hf.decoder = decoders.ByteFallback()
+    hf.add_tokens([AddedToken(piece, normalized=False) for piece in whole])
     hf.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=hf, chat_template=TEMPLATE)
     assert fast.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [tok.eot_id, tok.im_start_id, tok.im_end_id, tok.pad_id]
@@ -269,12 +273,21 @@ def test_ids_and_mask_equal_transformers(trained):
     rng = random.Random(0)
     fast = as_transformers(trained)
     words = ["床前明月光", "，", "疑是地上霜。", "hello  world", " 12345", "\n", "黄河入海流", "龘", "😀", "the moon"]
-    for _ in range(200):
-        messages = [{"role": "system", "content": "诗人"}] * rng.randint(0, 1)
-        for _ in range(rng.randint(1, 4)):
-            messages += [{"role": role, "content": "".join(rng.choices(words, k=rng.randint(1, 8))).strip() or "月"}
-                         for role in ("user", "assistant")]
-        messages = messages[:len(messages) - rng.randint(0, 1)]
+
+    def say():
+        return "".join(rng.choices(words, k=rng.randint(1, 8)))
+
+    for number in range(200):
+        turns = [("user", say() + "问"), ("assistant", say() + "答")] * rng.randint(1, 4)
+        schemas = [
+            {"instruction": say() + "写", "input": rng.choice(["", "月"]), "output": say() + "答", "system": "诗人",
+             "history": [[q[1], a[1]] for q, a in zip(turns[::2], turns[1::2])]},
+            {"question": say() + "问", "answer": say() + "答"},
+            {"system": "诗人", "conversations": [{"from": {"user": "human", "assistant": "gpt"}[role], "value": words}
+                                               for role, words in turns + [("user", "再问")]]},
+            {"messages": [{"role": role, "content": words} for role, words in [("system", "诗人"), *turns]]}]
+        messages = to_conversation(schemas[number % 4])
+        assert len(messages) >= 2
         want = fast.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         ids, mask = render_chat(trained, messages)
         assert ids == want["input_ids"]

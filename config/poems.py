@@ -1,0 +1,25 @@
+# The quickstart's base model: 3 M parameters on 11 M tokens of poems, idioms, a novel and riddles.
+#   python prepare.py poems && python pretrain.py config/poems.py
+data_dir = "data/poems"
+out_dir = "out/poems"
+
+dim = 192
+n_layers = 4
+n_heads = 6
+max_seq_len = 512          # what chat will need; pretraining reads rows of 128
+seq_len = 128
+batch_size = 16            # 2,048 tokens a step: small batches learn more a minute here
+max_steps = 1_500
+lr = 3e-3
+min_lr = 1e-4
+warmup_steps = 50
+weight_decay = 0.1
+
+anneal_dir = "data/poems-famous"  # the last steps recite the famous quatrains
+anneal_steps = 60
+
+eval_every = 250
+save_every = 250
+log_every = 25
+sample_every = 500
+sample_start = "床前明月光"

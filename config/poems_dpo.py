@@ -1,0 +1,21 @@
+# DPO on poems-pairs from the SFT model.
+#   python prepare.py poems-pairs
+#   python dpo.py config/poems_dpo.py            (draft: numbers come from a run over out/poems-sft; not measured yet)
+# With adapters: --lora_rank=8 --lr=3e-4 --out_dir=out/poems-dpo-lora
+data_dir = "data/poems-pairs"
+init_from = "out/poems-sft"
+out_dir = "out/poems-dpo"
+
+loss = "dpo"
+beta = 0.1
+nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
+
+batch_size = 32            # about 75 answers, 4,700 tokens
+max_steps = 100
+lr = 3e-5
+min_lr = 3e-6
+warmup_steps = 10
+
+eval_every = 25
+eval_prompts = 300
+save_every = 50

@@ -1,0 +1,20 @@
+# PPO on the poems: poem requests, the learned reward, KL to the SFT model.
+data_dir = "data/poems-prompts"
+init_from = "out/poems-sft"
+reward_from = "out/poems-reward"
+out_dir = "out/poems-ppo"
+watch = "rewards.py:quatrain"
+
+batch_size = 64
+max_new_tokens = 96
+max_steps = 60
+ppo_epochs = 2
+minibatches = 2
+kl_coef = 0.1
+lr = 1e-4
+min_lr = 1e-5
+critic_lr = 3e-4
+warmup_steps = 5
+critic_warmup = 3
+eval_every = 20
+save_every = 20

@@ -1,0 +1,17 @@
+# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), one pass over 9,000 prompts.
+#   python prepare.py poems-pairs
+#   python reward.py config/poems_reward.py      (draft: numbers come from a run over out/poems-sft; not measured yet)
+data_dir = "data/poems-pairs"
+init_from = "out/poems-sft"
+out_dir = "out/poems-reward"
+
+batch_size = 32            # about 75 answers, 4,700 tokens
+max_steps = 280
+lr = 1e-4
+min_lr = 1e-5
+warmup_steps = 20
+
+eval_every = 70
+eval_prompts = 600
+shift_prompts = 600
+save_every = 70

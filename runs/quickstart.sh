@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every stage on real Chinese text, on a laptop: about 25 minutes on 2 CPU cores after the downloads; a GPU is used if
+# there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" requirements.txt
+began=$(date +%s)
+say() { echo; echo "=== [$(( ($(date +%s) - began) / 60 )) min] $*"; }
+prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
+
+say "1. data: poems, a novel, idioms, riddles"
+prepare poems
+
+say "2. pretraining"
+python pretrain.py config/poems.py
+python sample.py --out_dir=out/poems --start="床前明月光" --temperature=0 --max_new_tokens=40
+
+say "3. instruction tuning"
+prepare poems-sft
+python sft.py config/poems_sft.py
+printf '你好，你是谁？\n“守株待兔”是什么意思？\n写一首五言绝句，题目是《春夜》。\n' |
+    python sample.py --chat=True --out_dir=out/poems-sft --max_new_tokens=96 --temperature=0.7
+
+say "4. preferences and the reward model"
+prepare poems-prompts
+if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand between the real and the spoiled ones
+    python prepare.py poems-pairs > /dev/null  # writes what to ask it
+    python sample.py --chat=True --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
+        --temperature=1 --max_new_tokens=96 > data/raw/poems-pairs-samples.jsonl
+    rm -r data/poems-pairs
+fi
+prepare poems-pairs
+python reward.py config/poems_reward.py
+
+say "5. PPO"
+python ppo.py config/poems_ppo.py
+
+say "6. DPO"
+python dpo.py config/poems_dpo.py
+
+say "7. all of them side by side, on poems and idioms that none has seen"
+python evaluate.py poems
+say "done. Talk to it: .venv/bin/python sample.py --chat=True --out_dir=out/poems-ppo"
