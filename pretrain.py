@@ -230,7 +230,7 @@ def main(cfg):
         seconds, steps_done = seconds + dt, steps_done + 1
 
         last = step == cfg.max_steps
-        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": tokens_a_step / dt,
+        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": tokens_a_step / dt, "seconds": dt,
                   "mfu": flops * tokens_a_step / dt / peak / env.world if peak else 0.0,
                   "left": seconds / steps_done * (cfg.max_steps - step)}
         if last or (cfg.eval_every and step % cfg.eval_every == 0):

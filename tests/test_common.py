@@ -101,7 +101,7 @@ def folder(tmp_path):
     """A data folder of two documents for training and one for validation, with masks, offsets and groups."""
     path = tmp_path / "data" / "talk"
     path.mkdir(parents=True)
-    meta = {"kind": "sft", "dtype": "uint16", "fingerprint": "f" * 64, "vocab_size": 300, "tokenizer": "tokenizer.model"}
+    meta = {"kind": "sft", "dtype": "uint16", "fingerprint": "f" * 64, "vocab_size": 300}
     for split, ids, idx in (("train", [1, 2, 3, 65535, 5], [0, 3, 5]), ("val", [9, 8], [0, 2])):
         np.array(ids, "<u2").tofile(path / f"{split}.bin")
         np.array([i % 2 for i in range(len(ids))], np.uint8).tofile(path / f"{split}.mask")

@@ -47,8 +47,9 @@ def test_defaults():
 @pytest.mark.parametrize("argument, key, value", [
     ("--lr=3e-4", "lr", 3e-4), ("--lr=1", "lr", 1.0), ("--lr=-2", "lr", -2.0), ("--lr=.5", "lr", 0.5),
     ("--lr=inf", "lr", float("inf")), ("--lr=1_000", "lr", 1000.0),
-    ("--max_steps=20", "max_steps", 20), ("--max_steps=1e5", "max_steps", 100_000), ("--max_steps=20.0", "max_steps", 20),
-    ("--max_steps=-1", "max_steps", -1), ("--max_steps=10_000", "max_steps", 10_000), ("--max-steps=7", "max_steps", 7),
+    ("--max_steps=20", "max_steps", 20), ("--max_steps=1e5", "max_steps", 100_000),
+    ("--max_steps=20.0", "max_steps", 20), ("--max_steps=-1", "max_steps", -1),
+    ("--max_steps=10_000", "max_steps", 10_000), ("--max-steps=7", "max_steps", 7),
     ("--compile=False", "compile", False), ("--compile=false", "compile", False), ("--compile=0", "compile", False),
     ("--compile=True", "compile", True), ("--compile=true", "compile", True), ("--compile=1", "compile", True),
     ("--name=a=b", "name", "a=b"), ("--name==", "name", "="), ("--name=", "name", ""), ("--name=5", "name", "5"),

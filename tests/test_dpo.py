@@ -320,7 +320,7 @@ def test_it_recovers_a_planted_reward(place, tmp_path):
         base = load_checkpoint(f"{tmp_path}/base")
         base["model"]["norm.weight"] *= 10
         torch.save(base, f"{tmp_path}/base/ckpt.pt")
-    dpo.main(dpo.Config(**settings(tmp_path, out_dir=f"{tmp_path}/out", beta=beta, lr=3e-3, min_lr=0.0, max_steps=400,
+    dpo.main(dpo.Config(**settings(tmp_path, out_dir=f"{tmp_path}/out", beta=beta, lr=5e-3, min_lr=0.0, max_steps=160,
                                    batch_size=128, eval_every=0, save_every=1000, log_every=100)))
 
     def logps(run):

@@ -163,6 +163,20 @@ def test_filters_by_hand():
     assert greedy.isfinite().all()  # greedy looks at the largest only
 
 
+def test_filters_on_a_large_vocabulary():
+    """top-p and min-p by their definitions, in double precision, at 20 borders among 5,000 tokens."""
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    none = torch.zeros(1, 5000, dtype=torch.bool)
+    p = logits.double().softmax(-1)[0]
+    ordered = p.sort(descending=True).values
+    for k in range(50, 2050, 100):  # borders halfway between the k-th and the next token
+        min_p = ((ordered[k - 1] + ordered[k]) / 2 / ordered[0]).item()
+        top_p = (ordered[:k].sum() - ordered[k - 1] / 2).item()
+        for options in ((1.0, min_p), (top_p, 0.0)):
+            kept = filter_logits(logits, none, 1.0, 0, *options, 1.0)
+            assert kept.isfinite()[0].tolist() == (p >= ordered[k - 1]).tolist()
+
+
 # ---------------------------------------------------------------------------- drawing
 
 
@@ -185,7 +199,8 @@ def test_draws_follow_the_distribution():
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), vocab=st.integers(1, 300), banned=st.floats(0, 1),
-       scale=st.sampled_from([1.0, 30.0]), uniform=st.one_of(st.sampled_from([0.0, ONE_BELOW, 2 ** -24]), st.floats(0, ONE_BELOW, width=32)))
+       scale=st.sampled_from([1.0, 30.0]),
+       uniform=st.one_of(st.sampled_from([0.0, ONE_BELOW, 2 ** -24]), st.floats(0, ONE_BELOW, width=32)))
 def test_a_token_of_probability_zero_is_never_drawn(seed, vocab, banned, scale, uniform):
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(8, vocab, generator=g) * scale
