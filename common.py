@@ -170,6 +170,24 @@ def open_data(folder, kind=None, fingerprint=None):
     return *splits, meta
 
 
+def prompt_bounds(split):
+    """Return offsets (prompts + 1): prompt p owns documents bounds[p] … bounds[p + 1] - 1, the best one first."""
+    return np.append(np.flatnonzero(np.diff(split.group, prepend=-1)), len(split))
+
+
+def open_pairs(folder, fingerprint, max_seq_len):
+    """Open a folder of ranked answers; return (train, val, the prompt_bounds of both, meta)."""
+    train, val, meta = open_data(folder, "pairs", fingerprint)
+    bounds = [prompt_bounds(train), prompt_bounds(val)]
+    fewest = min(np.diff(b).min(initial=len(train)) for b in bounds)
+    longest = max(np.diff(s.idx).max(initial=0) for s in (train, val))
+    if fewest < 2 or longest > max_seq_len:
+        raise SystemExit(f"error: {folder} has a prompt with {fewest} answers (wanted: 2 or more) or a document of "
+                         f"{longest} tokens (the model sees {max_seq_len}). Prepare it again with "
+                         f"--max_length={max_seq_len}")
+    return train, val, *bounds, meta
+
+
 def shuffled(n, first, count, seed):
     """Return entries first … first+count-1 of an endless sequence that runs through 0 … n-1 in a new order each epoch.
 

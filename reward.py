@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from common import (all_sum, average_gradients, catch_signals, collate, load_model, log, lr_at, make_optimizers,
-                    micro_steps, no_grad_eval, open_data, optimizer_step, peak_memory, resume, save_checkpoint, set_lr,
+                    micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume, save_checkpoint, set_lr,
                     shuffled, start)
 from configurator import load_config
 from model import ScalarModel
@@ -62,11 +62,6 @@ class Config:
     # machine
     device: str = "auto"
     seed: int = 1234
-
-
-def prompt_bounds(split):
-    """Return offsets (prompts + 1): prompt p owns the documents bounds[p] … bounds[p + 1] - 1, the best one first."""
-    return np.append(np.flatnonzero(np.diff(split.group, prepend=-1)), len(split))
 
 
 def get_batch(split, bounds, prompts, pad_id, env):
@@ -161,14 +156,8 @@ def main(cfg):
     del base
 
     # ------------------------------------------------------------------------ data
-    train, val, meta = open_data(cfg.data_dir, "pairs", origin["fingerprint"])
-    bounds, val_bounds = prompt_bounds(train), prompt_bounds(val)
-    n_prompts, fewest = len(bounds) - 1, min(np.diff(b).min(initial=len(train)) for b in (bounds, val_bounds))
-    longest = max(np.diff(split.idx).max(initial=0) for split in (train, val))
-    if fewest < 2 or longest > config.max_seq_len:
-        raise SystemExit(f"error: {cfg.data_dir} has a prompt with {fewest} answers (wanted: 2 or more) or an answer that "
-                         f"ends at token {longest} (the model sees {config.max_seq_len}). Prepare it again, with "
-                         f"--max_length={config.max_seq_len}")
+    train, val, bounds, val_bounds, meta = open_pairs(cfg.data_dir, origin["fingerprint"], config.max_seq_len)
+    n_prompts = len(bounds) - 1
     val_prompts = range(min(cfg.eval_prompts, len(val_bounds) - 1))
     some_prompts = shuffled(n_prompts, 0, min(cfg.shift_prompts, n_prompts), cfg.seed)
 

@@ -147,7 +147,7 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_char
             character_coverage=min(character_coverage, max(most, 0.98)), hard_vocab_limit=False,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, split_digits=True,
-            # the trainer drops "\n" and "\t" from its pieces, as they end its lines; role names: one token a turn, not ten
+            # the trainer drops "\n" and "\t" from its pieces, as they end its lines; a role name is one token, not ten
             user_defined_symbols=["\n", "\t", "system", "user", "assistant"],
             control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them
             unk_id=0, bos_id=-1, eos_id=1, eos_piece=SPECIAL_TOKENS[0], pad_id=2, pad_piece=SPECIAL_TOKENS[3],

@@ -9,14 +9,16 @@ n_heads = 6
 max_seq_len = 512          # what chat will need; pretraining reads rows of 128
 seq_len = 128
 batch_size = 16            # 2,048 tokens a step: small batches learn more a minute here
-max_steps = 1_500
+max_steps = 1_450
 lr = 3e-3
 min_lr = 1e-4
 warmup_steps = 50
+schedule = "wsd"
+decay_steps = 450
 weight_decay = 0.1
 
 anneal_dir = "data/poems-famous"  # the last steps recite the famous quatrains
-anneal_steps = 60
+anneal_steps = 70
 
 eval_every = 250
 save_every = 250

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast prepare.py is, and how much memory it and its workers take, on a corpus of any size:
 #     bash runs/prepare_1gb.sh [megabytes]
-# The corpus repeats the texts of data/raw/poems (python prepare.py poems fetches them), every copy with a number so that
+# The corpus repeats the texts of data/raw/poems (python prepare.py poems fetches them), each copy with a number so that
 # none is a duplicate. Everything is written to a temporary folder and removed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."

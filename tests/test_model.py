@@ -134,15 +134,17 @@ def test_counts():
     assert total - active == V * C + 2 * (8 - 3) * expert  # input embedding; 5 of 8 experts idle in each of 2 layers
 
 
-def test_hidden_is_fp32_safe_with_long_rope():
-    """cos and sin are exact at far positions: angle = position * theta^(-2i/D), computed here in double precision."""
-    c = ModelConfig(max_seq_len=32768, rope_theta=1e6, dim=64, n_heads=1)
-    cos, sin = model_file.rope_table(c)
-    for position in (1, 1000, 32767):
-        for i in (0, 5, 31):
+def test_rotation_at_far_positions():
+    """The unit vector of pair i is turned by position * theta^(-2i/D), computed here in double precision."""
+    config = ModelConfig(max_seq_len=32768, rope_theta=1e6, dim=64, n_heads=1)
+    cos, sin = (table[:, None] for table in model_file.rope_table(config))         # (T, 1, ...)
+    for i in (0, 5, 31):
+        turned = model_file.rotate(F.one_hot(torch.tensor(i), 64).float().expand(1, 32768, 1, 64), cos, sin)
+        for position in (0, 1, 1000, 32767):
             angle = position * 1e6 ** (-2 * i / 64)
-            assert cos[position, i].item() == pytest.approx(math.cos(angle), abs=4e-3)
-            assert sin[position, i].item() == pytest.approx(math.sin(angle), abs=4e-3)
+            wanted = torch.zeros(64)
+            wanted[i], wanted[i + 32] = math.cos(angle), math.sin(angle)
+            assert largest(turned[0, position, 0] - wanted) < 4e-3
 
 
 # ---------------------------------------------------------------------------- loss

@@ -452,7 +452,9 @@ def test_text_folder(tok_file):
     assert order != sorted(order) and order != [t + "<|endoftext|>" for t in texts if t + "<|endoftext|>" in set(order)]
 
 
-def test_sft_folder(tok_file):
+@pytest.mark.parametrize("bucket_bytes", [300, 10**6])     # parts of many buckets, and all in one
+def test_sft_folder(tok_file, monkeypatch, bucket_bytes):
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", bucket_bytes)
     os.mkdir("in")
     write("in/a.jsonl", [record for record, _ in CONVERSATIONS])
     folder = run(tok_file, kind="sft", val_fraction=0.3)
@@ -491,7 +493,9 @@ def test_typed_special_tokens_stay_text(tok_file):
     assert folder.learned() == [attack + "<|im_end|>"]
 
 
-def test_pairs_folder(tok_file):
+@pytest.mark.parametrize("bucket_bytes", [300, 10**6])
+def test_pairs_folder(tok_file, monkeypatch, bucket_bytes):
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", bucket_bytes)
     os.mkdir("in")
     extra = [{"prompt": f"问{i}", "responses": ["甲", "乙", "丙", "丁"], "ranks": [4, 3, 2, 1]} for i in range(20)]
     same = {"prompt": "问", "chosen": "一样", "rejected": "一样"}
@@ -503,8 +507,11 @@ def test_pairs_folder(tok_file):
     assert folder.meta["cut"] == {"tied or equal answers": 3, "answers too long": 1}
     want = {(json.dumps(prompt, ensure_ascii=False), tuple(answers)) for _, prompt, answers in RANKINGS}
     want |= {(json.dumps(messages(f"u:问{i}"), ensure_ascii=False), ("丁", "丙", "乙", "甲")) for i in range(20)}
-    by_row = {(tuple(render_chat(folder.tok, json.loads(prompt) + messages("a:" + answer))[0]), answer + "<|im_end|>"): rank
-              for prompt, answers in want for rank, answer in enumerate(answers)}
+    by_row = {}     # (ids, what is learned) → rank
+    for prompt, answers in want:
+        for rank, answer in enumerate(answers):
+            ids, _ = render_chat(folder.tok, json.loads(prompt) + messages("a:" + answer))
+            by_row[tuple(ids), answer + "<|im_end|>"] = rank
     for split in ("train", "val"):
         groups = collections.defaultdict(list)
         for ids, learned, group in zip(folder.rows(split), folder.learned(split),

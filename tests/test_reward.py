@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import reward
 from common import Env, Split, load_checkpoint, model_from, open_data
 from model import ModelConfig, ScalarModel
@@ -101,7 +102,7 @@ def test_score_is_read_at_the_end_of_the_answer():
     documents = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 0]), ([5, 6, 7], [0, 1, 1]), ([3, 4], [0, 1])]
     split = Split(np.concatenate([d for d, _ in documents]), np.concatenate([m for _, m in documents]),
                   np.array([0, 5, 8, 10]), np.array([0, 0, 0]), {})
-    ids, ends, sizes = reward.get_batch(split, reward.prompt_bounds(split), [0], 1, CPU)
+    ids, ends, sizes = reward.get_batch(split, common.prompt_bounds(split), [0], 1, CPU)
     assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 1, 1], [3, 4, 1, 1, 1]] and sizes == [3]
     assert ends.tolist() == [3, 2, 1]
 
@@ -110,7 +111,7 @@ def test_padding_and_neighbours_do_not_touch_a_score(place):
     root, tok = place
     train, _, _ = open_data(f"{root}/data", "pairs")
     model = ScalarModel(random_model("qwen3", vocab_size=448, max_seq_len=96).config).eval()
-    bounds = reward.prompt_bounds(train)
+    bounds = common.prompt_bounds(train)
     assert np.diff(bounds).tolist() == [(2, 4, 3, 2)[i % 4] for i in range(28)]
     ids, ends, _ = reward.get_batch(train, bounds, range(6), tok.pad_id, CPU)
     assert len(set(ends.tolist())) > 3 and all(ids[i, e] == tok.im_end_id for i, e in enumerate(ends))
