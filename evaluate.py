@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common import collate, load_checkpoint, load_model, model_from, open_data, start
+from common import collate, load_checkpoint, load_model, model_from, open_data, open_pairs, start
 from configurator import load_config
 from model import ScalarModel
 from poems import equal_lines, load_heldout, poem_form, rhyme
 from pretrain import evaluate as validation_loss
-from tokenizer import render_chat
+from tokenizer import load_tokenizer, render_chat
 
 
 @dataclass
@@ -125,6 +125,32 @@ def sample_all(model, prompts, stop_ids, pad_id, temperature, seed, cfg, env):
     return answers
 
 
+@torch.no_grad()
+def score(reward_model, documents, pad_id, cfg, env):
+    """Score of each document (ids, mask), read at its last learned token."""
+    scores = []
+    for i in range(0, len(documents), cfg.batch_size):
+        part = [([*ids, pad_id], [*mask, 0]) for ids, mask in documents[i:i + cfg.batch_size]]
+        ids, _, _ = collate(part, pad_id, env.device)
+        with env.autocast():
+            rows = reward_model(ids)
+        scores += [rows[row, max(t for t, m in enumerate(mask) if m)].item() for row, (_, mask) in enumerate(part)]
+    return scores
+
+
+def reward_accuracy(reward_model, tokenizer, idioms, cfg, env):
+    """Share of held-out pairs that the reward model orders as they were ranked, by where they come from."""
+    _, val, _, bounds, _ = open_pairs(f"data/{cfg.name}-pairs", tokenizer.fingerprint, reward_model.config.max_seq_len)
+    documents = [val.document(i) for i in range(len(val))]
+    scores = score(reward_model, documents, tokenizer.pad_id, cfg, env)
+    words, hits = {row["word"] for row in idioms}, {"poem lists": [], "idiom pairs": [], "people": []}
+    for a, b in zip(bounds, bounds[1:]):
+        question = tokenizer.decode([int(t) for t, m in zip(*documents[a]) if not m])
+        kind = "poem lists" if b - a > 2 else "idiom pairs" if any(w in question for w in words) else "people"
+        hits[kind] += [scores[i] > scores[j] for i in range(a, b) for j in range(i + 1, b)]
+    return {kind: share(values) for kind, values in hits.items() if values}
+
+
 def evaluate_run(folder, cfg, env, poems, idioms, reference, reward_model):
     """Return {measure: number or share} of one run."""
     model, tokenizer, checkpoint = load_model(folder, env.device)
@@ -156,14 +182,7 @@ def evaluate_run(folder, cfg, env, poems, idioms, reference, reward_model):
     result["examples"] = answers[:3 * cfg.n_each:cfg.n_each]
     documents = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, ids in zip(prompts, new)]
     if reward_model is not None:
-        scores = []
-        for i in range(0, len(documents), cfg.batch_size):
-            part = documents[i:i + cfg.batch_size]
-            ids, _, _ = collate([(ids + [pad_id], mask + [0]) for ids, mask in part], pad_id, env.device)
-            with torch.no_grad(), env.autocast():
-                rows = reward_model(ids)
-            scores += [rows[row, len(ids) - 1].item() for row, (ids, _) in enumerate(part)]
-        result["reward"] = sum(scores) / len(scores)
+        result["reward"] = sum(score(reward_model, documents, pad_id, cfg, env)) / len(documents)
     ours, theirs = (answer_logps(m, documents, pad_id, cfg, env, cfg.temperature) for m in (model, reference))
     result["kl"] = sum(a - b for a, b in zip(ours, theirs)) / len(ours)
     return result
@@ -204,6 +223,11 @@ def main(cfg):
             print(f"\n{run}, greedy:\n{r['recital']}")
         for poem in r.get("examples", []):
             print(f"\n{run}:\n{poem}")
+    if reward_model is not None and os.path.exists(f"data/{cfg.name}-pairs/meta.json"):
+        tokenizer = load_tokenizer(os.path.join(cfg.reward_from, "tokenizer.model"))
+        results[cfg.reward_from] = reward_accuracy(reward_model, tokenizer, idioms, cfg, env)
+        print("\nreward model, held-out pairs in the right order: "
+              + ", ".join(f"{kind} {cell(value)}" for kind, value in results[cfg.reward_from].items()))
     with open("out/evaluate.json", "w", encoding="utf-8") as f:
         json.dump(results, f, ensure_ascii=False, indent=1)
 

@@ -225,16 +225,16 @@ def rollout(actor, prompts, stop_ids, pad_id, cfg, seed, env):
 
 
 def collect(actor, reference, critic, scorer, prompts, stop_ids, pad_id, cfg, step, kl_coef, env, watcher=None):
-    """Steps 1 to 5. prompts: {micro-step: its prompts}, those of this process.
+    """Steps 1 to 5. prompts: {number of its first answer among those of all processes: prompts}, to be answered at once.
 
-    Return a batch of tensors, (B, T) or (B), and the seconds spent on generating and on scoring. Rows are numbered
-    through all processes ("row"), so that minibatches do not depend on who generated what.
+    Return a batch of tensors, (B, T) or (B), and the seconds spent on generating and on scoring. The random numbers of
+    an answer and its place in a minibatch follow from its number ("row"), so they do not depend on who generated it.
     """
     t0, documents, rows = time.perf_counter(), [], []
-    for micro, part in prompts.items():                                                       # (1) generate
-        seed = int(np.random.SeedSequence([cfg.seed, step, micro]).generate_state(1)[0])
-        documents += rollout(actor, part, stop_ids, pad_id, cfg, seed, env)
-        rows += range(micro * len(part) * cfg.group_size, (micro + 1) * len(part) * cfg.group_size)
+    seed = int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0])
+    for first, part in prompts.items():                                                       # (1) generate
+        documents += rollout(actor, part, stop_ids, pad_id, cfg, seed + first, env)
+        rows += range(first, first + len(part) * cfg.group_size)
     t1 = time.perf_counter()
     ids, targets, mask = collate(documents, pad_id, env.device)
     ended = torch.tensor([document[-1] in stop_ids for document, _ in documents], device=env.device).float()
@@ -276,6 +276,7 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
     pretraining data. Return statistics: means over the updates, and the first minibatch's largest |ratio - 1|.
     """
     no_scaler, totals, updates, first_ratio_error = torch.amp.GradScaler(enabled=False), {}, 0, 0.0
+    learning = critic is None or step >= cfg.critic_warmup
     n_rows = cfg.grad_accum * cfg.batch_size * cfg.group_size
     for epoch, m in itertools.product(range(cfg.ppo_epochs), range(cfg.minibatches)):
         order = torch.from_numpy(np.random.default_rng([cfg.seed, step, epoch]).permutation(n_rows))
@@ -291,7 +292,7 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
                 sums["policy_loss"] += loss.item() * per_token
                 if cfg.advantage == "grpo":
                     loss = loss + kl_coef * (k3(logps, b["ref_logps"]) * b["mask"]).sum()
-            if step >= cfg.critic_warmup:
+            if learning:
                 (loss * per_token).backward()
             if critic:
                 with env.autocast():
@@ -303,7 +304,7 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
             sums["clip_share"] += clipped.item() * per_token
             if epoch == m == 0:
                 first_ratio_error = max(first_ratio_error, ((ratio.detach() - 1).abs() * b["mask"]).max().item())
-        if ptx and step >= cfg.critic_warmup:
+        if ptx and learning:
             with env.autocast():
                 loss = actor(*ptx((step * cfg.ppo_epochs + epoch) * cfg.minibatches + m))
             (cfg.ptx_coef * loss).backward()
@@ -318,7 +319,7 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
             for optimizer in optimizers + critic_optimizers:
                 optimizer.zero_grad(set_to_none=True)
             break
-        if step >= cfg.critic_warmup:
+        if learning:
             average_gradients(actor, env)
             totals["norm"] = totals.get("norm", 0.0) + optimizer_step(actor, optimizers, no_scaler, cfg.grad_clip)
         if critic:
@@ -414,9 +415,8 @@ def main(cfg):
 
     def evaluate():
         """Return val_… means on held-out prompts: the same prompts and random numbers every time, without a critic."""
-        n = min(16, len(val))
-        prompts = {i: [val.document(j)[0].tolist() for j in range(i * n, (i + 1) * n)]
-                   for i in range(env.rank, min(cfg.eval_prompts, len(val)) // n, env.world)}
+        first, end = (r * min(cfg.eval_prompts, len(val)) // env.world for r in (env.rank, env.rank + 1))
+        prompts = {2 * first: [val.document(i)[0].tolist() for i in range(first, end)]}
         plain = dataclasses.replace(cfg, advantage="rloo", group_size=2)
         batch, _, _ = collect(actor, reference, None, scorer, prompts, stop_ids, pad_id, plain, 0, 0.0, env, watcher)
         return {f"val_{name}": value for name, value in summary(batch, env).items()}
@@ -430,7 +430,7 @@ def main(cfg):
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr)
         set_lr(critic_optimizers, cfg.critic_lr * lr / cfg.lr)
-        prompts = {i: prompts_of(step, i) for i in micro}
+        prompts = {i * cfg.batch_size * cfg.group_size: prompts_of(step, i) for i in micro}
         batch, generate_s, score_s = collect(actor, reference, critic, scorer, prompts, stop_ids, pad_id, cfg, step,
                                              kl_coef, env, watcher)
         record = summary(batch, env)

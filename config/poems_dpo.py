@@ -19,3 +19,4 @@ warmup_steps = 10
 eval_every = 25
 eval_prompts = 300
 save_every = 50
+log_every = 10

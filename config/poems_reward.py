@@ -15,3 +15,4 @@ eval_every = 70
 eval_prompts = 600
 shift_prompts = 600
 save_every = 70
+log_every = 10

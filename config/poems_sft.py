@@ -7,14 +7,15 @@ init_from = "out/poems"
 out_dir = "out/poems-sft"
 
 seq_len = 256              # 4.4 conversations a row, 281 steps an epoch; the 21 conversations that are longer are left out
-batch_size = 32
-epochs = 3
-lr = 4e-4
-min_lr = 2e-5
+batch_size = 12            # 3,072 tokens a step
+epochs = 1
+lr = 1.5e-3
+min_lr = 5e-5
 warmup_steps = 20
 weight_decay = 0.1
 
-eval_every = 100
-save_every = 100
-sample_every = 100
+eval_every = 200
+save_every = 200
+sample_every = 200
+log_every = 20
 questions = "你是谁？|写一首五言绝句，题目是《春夜》。|“床前明月光”的下一句是什么？|“守株待兔”是什么意思？|歇后语：猪鼻子插大葱——？"

@@ -1,14 +1,18 @@
 """PPO: its formulas against numbers worked by hand, and the whole loop against a problem whose answer is known."""
 import dataclasses
+import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import ppo
-from common import Env, make_optimizers
+from common import Env, load_checkpoint, make_optimizers, save_checkpoint
 from model import ModelConfig, ScalarModel, Transformer
+from pairs import assert_same, make_run, one_thread, read_log, run_in_two, run_with_a_break  # noqa: F401
+from tokenizer import render_chat, train_tokenizer
 
 ENV = Env(0, 1, torch.device("cpu"), torch.float32)
 
@@ -205,8 +209,75 @@ def test_micro_steps_do_not_matter():
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         actor, reference, critic = models()
         cfg = tiny(batch_size=8, grad_accum=4, lr=1e-4, critic_lr=1e-4)
-        prompts = {i: [[5 + i]] * 8 for i in order}
+        prompts = {8 * i: [[5 + i]] * 8 for i in order}
         batch, _, _ = ppo.collect(actor, reference, critic, count_small, prompts, (), 0, cfg, 0, 0.5, ENV)
         ppo.update(actor, critic, batch, cfg, 0, 0.5, ENV, make_optimizers(actor, cfg), make_optimizers(critic, cfg))
         results.append(torch.cat([p.flatten() for p in actor.parameters()]))
     assert torch.allclose(*results, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with prompts/, the SFT run base/, the reward run reward/ and a rule in rule.py."""
+    root = str(tmp_path_factory.mktemp("ppo"))
+    tok = train_tokenizer(["春夜月好坏。0123456789 user assistant system\n"], f"{root}/tok", 300, character_coverage=1.0)
+    make_run(f"{root}/base", tok)
+    config = ModelConfig(**load_checkpoint(f"{root}/base")["model_config"])
+    save_checkpoint(f"{root}/reward/ckpt.pt", {
+        "stage": "reward", "model": ScalarModel(config).state_dict(), "model_config": dataclasses.asdict(config),
+        "fingerprint": tok.fingerprint, "step": 1})
+    rows = [render_chat(tok, [{"role": "user", "content": "春夜" * (1 + i % 3)}], add_generation_prompt=True)[0]
+            for i in range(24)]
+    os.makedirs(f"{root}/prompts")
+    meta = {"kind": "prompts", "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
+            "tokenizer": "tokenizer.model"}
+    for split in ("train", "val"):
+        np.array(sum(rows, []), "<u2").tofile(f"{root}/prompts/{split}.bin")
+        np.cumsum([0] + [len(r) for r in rows]).astype(np.int64).tofile(f"{root}/prompts/{split}.idx")
+        meta[split] = {"tokens": sum(map(len, rows)), "documents": len(rows)}
+    with open(f"{root}/prompts/meta.json", "w") as f:
+        json.dump(meta, f)
+    with open(f"{root}/rule.py", "w", encoding="utf-8") as f:
+        f.write("def length(prompt, answer):\n    assert '春夜' in prompt\n    return -len(answer)\n")
+    return root
+
+
+def settings(root, **changes):
+    base = dict(data_dir=f"{root}/prompts", init_from=f"{root}/base", reward_from=f"{root}/reward", batch_size=4,
+                grad_accum=2, max_new_tokens=10, max_steps=4, lr=1e-3, eval_every=2, eval_prompts=32, save_every=2,
+                warmup_steps=1, watch=f"{root}/rule.py:length", device="cpu")
+    return {**base, **changes}
+
+
+TIMES = ("generate_share", "score_share", "train_share")
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(advantage="rloo", group_size=2, reward="rule.py:length"),
+                                     dict(kl_target=0.01, whiten_rewards=True)])
+def test_resume_is_bit_for_bit(root, tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(root)
+    whole = ppo.Config(**settings(root, out_dir=str(tmp_path / "whole"), **changes))
+    ppo.main(whole)
+    broken = dataclasses.replace(whole, out_dir=str(tmp_path / "broken"))
+    run_with_a_break(ppo, broken, 2, monkeypatch)
+    a, b = load_checkpoint(whole.out_dir), load_checkpoint(broken.out_dir)
+    assert ("critic" in a) == (whole.advantage == "gae")
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(advantage="grpo", group_size=2)])
+def test_two_processes_compute_what_one_does(root, tmp_path, changes):
+    """Rollouts included: what a micro-step generates depends on (seed, step, micro-step), not on who generates it."""
+    config = settings(root, max_steps=2, max_new_tokens=8, lr=1e-4, critic_lr=1e-4, **changes)
+    ppo.main(ppo.Config(**config, out_dir=str(tmp_path / "one")))
+    run_in_two("ppo.py", str(tmp_path / "two"), config)
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if key not in TIMES:
+                assert a[key] == pytest.approx(b[key], abs=2e-5), key
+    a, b = (load_checkpoint(str(tmp_path / name)) for name in ("one", "two"))
+    assert_same(a["model"], b["model"], atol=1e-6)
