@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import collate, load_checkpoint, load_model, model_from, open_data, open_pairs, start
 from configurator import load_config
 from model import ScalarModel
-from poems import equal_lines, load_heldout, poem_form, rhyme
+from poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
 from pretrain import evaluate as validation_loss
 from tokenizer import load_tokenizer, render_chat
 
@@ -160,9 +160,10 @@ def evaluate_run(folder, cfg, env, poems, idioms, reference, reward_model):
     result["idioms"] = share(idiom_choice(model, tokenizer, idioms, chat, cfg, env))
     model.eval()
     if not chat:
-        new = sample_all(model, [[tokenizer.eot_id] + tokenizer.encode("唐诗《")] * cfg.n_free, [tokenizer.eot_id], pad_id,
+        # nothing is given but the first word of a document, the form; title, author and poem are the model's own
+        starts = [[tokenizer.eot_id] + tokenizer.encode(f"{form}《") for form in FORMS]
+        new = sample_all(model, [starts[i % len(starts)] for i in range(cfg.n_free)], [tokenizer.eot_id], pad_id,
                          cfg.free_temperature, cfg.seed, cfg, env)
-        # the title and the author stand on the first line
         bodies = [tokenizer.decode(ids, skip_special=True).partition("\n")[2] for ids in new]
         result["free_equal_lines"] = share([equal_lines(body) for body in bodies])
         start_ids = [tokenizer.eot_id] + tokenizer.encode("床前明月光")

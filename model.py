@@ -59,17 +59,18 @@ class ModelConfig:
 
 
 def rope_table(config):
-    """Return cos and sin, each (max_seq_len, D/2): angle = position * theta^(-2i/D) (RoFormer, eq. 15)."""
+    """Return cos and sin as `rotate` wants them, each (max_seq_len, D): angle = position * theta^(-2i/D), i < D/2.
+
+    For the second half of the channels the table begins again; sin is negative in the first (RoFormer, eq. 15 and 34).
+    """
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     angle = torch.outer(torch.arange(config.max_seq_len).float(), freq)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos(), angle.cos()], dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (the layout of transformers).
-
-    cos is (cos, cos) and sin is (-sin, sin) along D, so that (a*cos - b*sin, b*cos + a*sin) takes few operations.
-    """
+    """Turn the pairs (a, b) = (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle, as transformers does:
+    (a*cos - b*sin, b*cos + a*sin), the minus sign coming from the table."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([b, a], dim=-1) * sin
 
@@ -244,10 +245,9 @@ class Transformer(nn.Module):
                 positions = document_positions(docs)
                 mask = (docs[:, :, None] == docs[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
         x = self.embed(ids)
-        cos = self.cos[:T] if positions is None else self.cos[positions]           # ([B,] T, D/2)
+        cos = self.cos[:T] if positions is None else self.cos[positions]           # ([B,] T, D)
         sin = self.sin[:T] if positions is None else self.sin[positions]
-        cos = torch.cat([cos, cos], dim=-1).unsqueeze(-2).to(x.dtype)              # ([B,] T, 1, D): all heads alike
-        sin = torch.cat([-sin, sin], dim=-1).unsqueeze(-2).to(x.dtype)
+        cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)    # broadcast over heads
         for block in self.blocks:
             x = block(x, cos, sin, mask, cache)
         if cache is not None:

@@ -210,7 +210,8 @@ def make_poem(kind, title, author, paragraphs, famous=None):
 
 
 def poem_text(poem):
-    return f"{poem['kind']}《{poem['title']}》{poem['author']}\n{poem['body']}"
+    """The first line names the form, so that who continues it knows how long the lines will be."""
+    return f"{poem['form'] or poem['kind']}《{poem['title']}》{poem['author']}\n{poem['body']}"
 
 
 def poem_key(poem):
@@ -422,7 +423,7 @@ def build_poems(corpus, raw_dir, options):
 def build_famous(corpus, raw_dir, options):
     if not corpus.poems:
         raise SystemExit("poems-famous needs the poems: install Node.js, or give --poetry=chinese-poetry-2.0.1.tgz")
-    quatrains = [p for p in corpus.poems if p["famous"] == "tangshisanbaishou" and p["form"] in ("五言绝句", "七言绝句")]
+    quatrains = [p for p in corpus.poems if p["famous"] == "tangshisanbaishou" and p["form"] == "五言绝句"]
     return {"train": texts(t for p in quatrains for t in (poem_text(p), p["body"])),
             "val": texts(map(poem_text, sample(random.Random(0), corpus.held_poems, 10)), "val")}
 
@@ -656,7 +657,7 @@ def recipe(name, build, kind, defaults, also=()):
 
 SHARED = {"tokenizer": "data/poems/tokenizer.model"}
 RECIPES = {
-    "poems": recipe("poems", build_poems, "text", {"vocab_size": 6400, "character_coverage": 0.9995},
+    "poems": recipe("poems", build_poems, "text", {"vocab_size": 6400, "max_piece_length": 1},  # a token a character: verse is counted in characters
                     also=("poems-famous",)),
     "poems-famous": recipe("poems-famous", build_famous, "text", SHARED),
     "poems-sft": recipe("poems-sft", build_sft, "sft", SHARED),

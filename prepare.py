@@ -57,6 +57,7 @@ class Config:
     # tokenizer
     tokenizer: str = ""  # a vocabulary file or data folder; empty: train one on this text
     vocab_size: int = 16384  # of a trained one
+    max_piece_length: int = 16  # characters in a token, at most; 1: every character is a token
     character_coverage: float = 0.9995  # share of the text's characters that get a token, the rest is spelled in bytes
     tokenizer_characters: int = 4_000_000  # of the text, to train it on: takes about 70 bytes of memory each
     # running
@@ -354,7 +355,7 @@ def build(cfg, files, tok, folder):
     else:
         print("training the tokenizer", flush=True)
         tok = train_tokenizer(training_texts(folder, buckets, held_out_from), path, cfg.vocab_size,
-                              cfg.character_coverage, cfg.tokenizer_characters)
+                              cfg.character_coverage, cfg.max_piece_length, cfg.tokenizer_characters)
     dtype = "uint16" if tok.vocab_size <= 65_536 else "uint32"
     tokenize(cfg, folder, buckets, held_out_from, np.dtype(dtype).newbyteorder("<"), counts)
     if not counts["train", "documents"]:

@@ -123,13 +123,15 @@ def render_chat(tok, messages, add_generation_prompt=False):
     return ids, mask
 
 
-def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_characters=4_000_000):
+def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piece_length=16,
+                    max_characters=4_000_000):
     """Train a byte-fallback BPE on the first `max_characters` of `texts` (give them shuffled) and write it to `path`.
 
     Whatever is in the text comes back byte for byte: nothing is normalised, spaces and newlines are kept, characters
     outside the vocabulary are spelled in bytes. character_coverage is the share of the text's characters that get a
     piece of their own; it is lowered, down to 0.98, where these would leave less than a third of the vocabulary to
-    longer pieces. A text too short for vocab_size gives a smaller vocabulary.
+    longer pieces. max_piece_length=1 makes every character a token, and the vocabulary all characters. A text too short
+    for vocab_size gives a smaller vocabulary.
     """
     lines = list(_training_lines(texts, max_characters))
     counts = collections.Counter()
@@ -137,16 +139,17 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_char
         counts.update(line)
     if not counts:
         raise ValueError("there is no text to train a tokenizer on")
-    most = sum(n for _, n in counts.most_common(max(vocab_size * 2 // 3 - 266, 0))) / counts.total()  # 266: bytes etc.
-    if character_coverage > max(most, 0.98):
+    n_characters = (vocab_size if max_piece_length == 1 else vocab_size * 2 // 3) - 266  # 266: bytes and the like
+    most = sum(n for _, n in counts.most_common(max(n_characters, 0))) / counts.total()
+    if character_coverage > max(most, 0.98) and max_piece_length > 1:
         print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={max(most, 0.98):.4f}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             character_coverage=min(character_coverage, max(most, 0.98)), hard_vocab_limit=False,
-            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, split_digits=True,
+            byte_fallback=True, max_sentencepiece_length=max_piece_length, normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
             # the trainer drops "\n" and "\t" from its pieces, as they end its lines; a role name is one token, not ten
             user_defined_symbols=["\n", "\t", "system", "user", "assistant"],
             control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them

@@ -11,14 +11,14 @@ seq_len = 128
 batch_size = 16            # 2,048 tokens a step: small batches learn more a minute here
 max_steps = 1_450
 lr = 3e-3
-min_lr = 1e-4
+min_lr = 3e-4
 warmup_steps = 50
 schedule = "wsd"
 decay_steps = 450
 weight_decay = 0.1
 
 anneal_dir = "data/poems-famous"  # the last steps recite the famous quatrains
-anneal_steps = 70
+anneal_steps = 40
 
 eval_every = 250
 save_every = 250

@@ -186,7 +186,7 @@ def test_poems_recipe(raw):
     folder = poems.RECIPES["poems"].write(str(raw), {})
     train = [r["text"] for r in read(folder) if r["split"] == "train"]
     val = [r["text"] for r in read(folder) if r["split"] == "val"]
-    assert "唐诗《静夜思》李白\n" + QUIET_NIGHT in train and QUIET_NIGHT in train
+    assert "五言绝句《静夜思》李白\n" + QUIET_NIGHT in train and QUIET_NIGHT in train
     assert not any("看月光" in t for t in train)  # the known form wins over the one of 全唐诗
     assert "《千字文》\n天地玄黄\n宇宙洪荒" in train
     assert "《三国演义》第一回 桃园 结义\n话说天下大势，分久必合。" in train
@@ -203,7 +203,7 @@ def test_poems_recipe(raw):
 def test_other_recipes(raw):
     famous = read(poems.RECIPES["poems-famous"].write(str(raw), {}))
     train = [r["text"] for r in famous if r["split"] == "train"]
-    assert train == ["唐诗《静夜思》李白\n" + QUIET_NIGHT, QUIET_NIGHT]
+    assert train == ["五言绝句《静夜思》李白\n" + QUIET_NIGHT, QUIET_NIGHT]
     assert sum(r["split"] == "val" for r in famous) == 8
 
     sft = read(poems.RECIPES["poems-sft"].write(str(raw), {}))
@@ -266,7 +266,7 @@ def test_without_npm(raw, capsys):
     poem = {"title": "静夜思", "author": "李白", "paragraphs": ["床前明月光，疑是地上霜。"]}
     (checkout / "poet.tang.0.json").write_text(json.dumps([poem]))
     folder = poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "checkout")})
-    assert any(r["text"].startswith("唐诗《静夜思》") for r in read(folder))
+    assert any(r["text"].startswith("五言绝句《静夜思》") for r in read(folder))
     with pytest.raises(SystemExit, match="no poems in"):
         poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "nothing.tgz")})
 
@@ -299,5 +299,5 @@ def test_real_heldout(tmp_path, monkeypatch):
                     assert lines.isdisjoint(poems.poem_lines(text)) and text not in meanings, (name, text)
                     assert not about.search(text), (name, text)
     train = [r["text"] for r in read(str(tmp_path / "poems")) if r["split"] == "train"]
-    assert "唐诗《静夜思》李白\n" + QUIET_NIGHT in train and QUIET_NIGHT in train
+    assert "五言绝句《静夜思》李白\n" + QUIET_NIGHT in train and QUIET_NIGHT in train
     assert sum(t.startswith("唐诗") for t in train) > 52_000 and sum(t.startswith("成语") for t in train) == 29_883
