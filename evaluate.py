@@ -59,7 +59,7 @@ def wilson(hits, n):
         return 0.0, 1.0
     z, p = 1.96, hits / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def share(hits):
@@ -100,7 +100,7 @@ def idiom_choice(model, tokenizer, idioms, chat, cfg, env):
     rng, rows = random.Random(cfg.seed), idioms[:cfg.n_idioms]
     choices = []
     for i in range(len(rows)):
-        others = rng.sample([j for j in range(len(rows)) if j != i], 3)
+        others = rng.sample([j for j in range(len(rows)) if rows[j]["explanation"] != rows[i]["explanation"]], 3)
         choices.append([i] + others)
     limit = model.config.max_seq_len
     pairs = [document(rows[i]["word"], rows[j]["explanation"]) for i, four in enumerate(choices) for j in four]
@@ -111,7 +111,7 @@ def idiom_choice(model, tokenizer, idioms, chat, cfg, env):
     hits = []
     for i, four in enumerate(choices):
         gains = [given[4 * i + c] - prior[j] for c, j in enumerate(four)]
-        hits.append(max(range(4), key=lambda c: gains[c]) == 0)
+        hits.append(all(gains[0] > gain for gain in gains[1:]))  # a tie, or a NaN, is no hit
     return hits
 
 
@@ -184,8 +184,9 @@ def evaluate_run(folder, cfg, env, poems, idioms, reference, reward_model):
     documents = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, ids in zip(prompts, new)]
     if reward_model is not None:
         result["reward"] = sum(score(reward_model, documents, pad_id, cfg, env)) / len(documents)
-    ours, theirs = (answer_logps(m, documents, pad_id, cfg, env, cfg.temperature) for m in (model, reference))
-    result["kl"] = sum(a - b for a, b in zip(ours, theirs)) / len(ours)
+    if reference is not None:
+        ours, theirs = (answer_logps(m, documents, pad_id, cfg, env, cfg.temperature) for m in (model, reference))
+        result["kl"] = sum(a - b for a, b in zip(ours, theirs)) / len(ours)
     return result
 
 
@@ -229,6 +230,7 @@ def main(cfg):
         results[cfg.reward_from] = reward_accuracy(reward_model, tokenizer, idioms, cfg, env)
         print("\nreward model, held-out pairs in the right order: "
               + ", ".join(f"{kind} {cell(value)}" for kind, value in results[cfg.reward_from].items()))
+    os.makedirs("out", exist_ok=True)
     with open("out/evaluate.json", "w", encoding="utf-8") as f:
         json.dump(results, f, ensure_ascii=False, indent=1)
 

@@ -33,9 +33,11 @@ class Config:
     data_dir: str = "data/poems"
     out_dir: str = "out/pretrain"
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
-    # last stretch: the final anneal_steps read this folder instead (same tokenizer), e.g. the texts to know by heart
+    # last stretch: in the final anneal_steps, anneal_rows of each micro-step come from anneal_dir (same tokenizer): the
+    # texts to know by heart; the other rows keep the model from forgetting the rest
     anneal_dir: str = ""
     anneal_steps: int = 0
+    anneal_rows: int = 4           # of the batch_size rows
     # model (the vocabulary comes from the data, rounded up to a multiple of 64)
     dim: int = 512
     n_layers: int = 8
@@ -84,12 +86,17 @@ class Config:
     estimate: bool = False         # print parameters, memory and hours, then leave
 
 
-def get_batch(split, cfg, step, micro_step, env):
-    """Rows of micro-step (step, micro_step): inputs (B, T) and the tokens that follow them, targets (B, T)."""
-    T = cfg.seq_len
-    n_rows = (len(split.tokens) - 1) // T
-    rows = shuffled(n_rows, (step * cfg.grad_accum + micro_step) * cfg.batch_size, cfg.batch_size, cfg.seed)
-    x = torch.from_numpy(np.stack([split.tokens[r * T:r * T + T + 1] for r in rows]).astype(np.int64))
+def get_batch(splits, cfg, step, micro_step, env):
+    """Rows of micro-step (step, micro_step): inputs (B, T) and the tokens that follow them, targets (B, T).
+
+    splits: [(split, rows to take from it), …], B rows in all.
+    """
+    T, x = cfg.seq_len, []
+    for split, count in splits:
+        first = (step * cfg.grad_accum + micro_step) * cfg.batch_size
+        for r in shuffled((len(split.tokens) - 1) // T, first, count, cfg.seed):
+            x.append(split.tokens[r * T:r * T + T + 1])
+    x = torch.from_numpy(np.stack(x).astype(np.int64))
     if env.device.type == "cuda":
         x = x.pin_memory().to(env.device, non_blocking=True)
     return x[:, :-1].to(env.device), x[:, 1:].to(env.device)
@@ -163,6 +170,8 @@ def main(cfg):
                          "Lower the first or raise the second")
     if len(val.tokens) < 2:
         raise SystemExit(f"error: {cfg.data_dir} has no text held out for validation. Prepare it again with more text")
+    if cfg.anneal_steps and not 0 < cfg.anneal_rows <= cfg.batch_size:
+        raise SystemExit(f"error: anneal_rows={cfg.anneal_rows} must be from 1 to batch_size={cfg.batch_size}")
     for folder, split in ((cfg.data_dir, train), (cfg.anneal_dir, anneal)):
         if split is not None and len(split.tokens) <= cfg.seq_len:
             raise SystemExit(f"error: {folder} has {len(split.tokens):,} training tokens, fewer than one row of "
@@ -209,10 +218,12 @@ def main(cfg):
         t = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr)
-        split = anneal if step >= cfg.max_steps - cfg.anneal_steps else train
+        splits = [(train, cfg.batch_size)]
+        if step >= cfg.max_steps - cfg.anneal_steps:
+            splits = [(anneal, cfg.anneal_rows), (train, cfg.batch_size - cfg.anneal_rows)]
         loss = torch.zeros((), device=env.device)
         for i in micro:
-            x, y = get_batch(split, cfg, step, i, env)
+            x, y = get_batch(splits, cfg, step, i, env)
             with env.autocast():
                 micro_loss = model(x, y)
             scaler.scale(micro_loss / len(micro)).backward()

@@ -47,9 +47,12 @@ def sampling(cfg):
     return {name: getattr(cfg, name) for name in names}
 
 
-def streamer(tokenizer, stop_ids):
-    """Return (on_token, finish): on_token prints row 0 as it grows, whole characters only, and leaves out stop tokens."""
+def streamer(tokenizer, stop_ids, prompt=()):
+    """Return (on_token, finish): on_token prints row 0 as it grows, whole characters only, and leaves out stop tokens.
+    prompt: the ids that are continued, where the row does not begin a text of its own."""
     decoder = StreamDecoder(tokenizer)
+    for i in prompt:
+        decoder.push(i)
 
     def on_token(step, ids):
         if ids[0] is not None and ids[0] not in stop_ids:
@@ -67,11 +70,13 @@ def read_prompts(cfg):
         if cfg.prompts:
             with open(cfg.prompts, encoding="utf-8") as f:
                 lines = [line.rstrip("\n") for line in f if line.strip()]
+            if not lines:
+                raise ValueError(f"{cfg.prompts} is empty")
             return [json.loads(line)["prompt"] for line in lines] if cfg.prompts.endswith(".jsonl") else lines
         if cfg.start.startswith("FILE:"):
             with open(cfg.start[5:], encoding="utf-8") as f:
                 return [f.read()]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"error: cannot read prompts: {error!r}") from None
     return [cfg.start]
 
@@ -82,7 +87,8 @@ def complete(model, tokenizer, cfg, env):
     room, prompts = model.config.max_seq_len, []
     for text in texts:
         if cfg.chat:
-            ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+            system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+            ids, _ = render_chat(tokenizer, system + [{"role": "user", "content": text}], add_generation_prompt=True)
         else:  # the end-of-text token stands before every document, so it opens ours too
             ids = [tokenizer.eot_id] + tokenizer.encode(text)
         if len(ids) >= room:
@@ -93,8 +99,8 @@ def complete(model, tokenizer, cfg, env):
     if new_tokens < cfg.max_new_tokens:
         print(f"note: max_new_tokens={new_tokens}, since the model sees {room} tokens at most", file=sys.stderr)
     stop_ids = [tokenizer.eot_id, tokenizer.im_end_id]
-    if len(prompts) == 1:
-        on_token, finish = streamer(tokenizer, stop_ids)
+    if len(prompts) == 1 and not cfg.prompts.endswith(".jsonl"):
+        on_token, finish = streamer(tokenizer, stop_ids, () if cfg.chat else prompts[0])
         print("" if cfg.chat else texts[0], end="", flush=True)
         with env.autocast():
             model.generate(prompts, new_tokens, stop_ids=stop_ids, seed=cfg.seed, on_token=on_token, **sampling(cfg))
@@ -106,7 +112,9 @@ def complete(model, tokenizer, cfg, env):
             rows = model.generate(prompts[i:i + cfg.batch_size], new_tokens, stop_ids=stop_ids, pad_id=tokenizer.pad_id,
                                   seed=cfg.seed + i, **sampling(cfg))
         for text, row in zip(texts[i:i + cfg.batch_size], rows):
-            answer = tokenizer.decode([t for t in row if t not in stop_ids])
+            row = [t for t in row if t not in stop_ids]
+            # a continuation keeps the space before its first word
+            answer = tokenizer.decode(row) if cfg.chat else tokenizer.decode_bytes(row).decode("utf-8", "replace")
             if cfg.prompts.endswith(".jsonl"):
                 print(json.dumps({"prompt": text, "response": answer}, ensure_ascii=False))
             else:
@@ -154,20 +162,23 @@ def chat(model, tokenizer, cfg, env):
             print("(new chat with this system message)" if rest else "(no system message)", file=sys.stderr)
         elif command == "/save":
             path = rest or "chat.jsonl"
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"messages": history}, ensure_ascii=False) + "\n")
-            print(f"(appended to {path})", file=sys.stderr)
+            try:
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps({"messages": history}, ensure_ascii=False) + "\n")
+                print(f"(appended to {path})", file=sys.stderr)
+            except OSError as error:
+                print(f"(not saved: {error})", file=sys.stderr)
         elif command.startswith("/"):
             print(f"(unknown command {command}: /clear /system /save /exit)", file=sys.stderr)
         else:
-            history, ids, dropped = fit(history + [{"role": "user", "content": text}], tokenizer, room)
+            kept, ids, dropped = fit(history + [{"role": "user", "content": text}], tokenizer, room)
+            if len(ids) > room:
+                print(f"(too long: {len(ids)} tokens, {room} fit; say it shorter)", file=sys.stderr)
+                continue
             if dropped:
                 print(f"({dropped} oldest turn{'s' * (dropped > 1)} forgotten: the model sees "
                       f"{model.config.max_seq_len} tokens)", file=sys.stderr)
-            if len(ids) > room:
-                print(f"(too long: {len(ids)} tokens, {room} fit; say it shorter)", file=sys.stderr)
-                history.pop()
-                continue
+            history = kept
             answer, turn = [], turn + 1
             on_token, finish = streamer(tokenizer, stop_ids)
 

@@ -17,8 +17,9 @@ schedule = "wsd"
 decay_steps = 450
 weight_decay = 0.1
 
-anneal_dir = "data/poems-famous"  # the last steps recite the famous quatrains
-anneal_steps = 40
+anneal_dir = "data/poems-famous"  # 37 famous quatrains to know by heart: 4 of 16 rows in the last 250 steps
+anneal_steps = 250
+anneal_rows = 4
 
 eval_every = 250
 save_every = 250

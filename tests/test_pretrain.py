@@ -172,7 +172,7 @@ def test_batches(settings, data):
     n_rows = (len(train.tokens) - 1) // 8
     seen = []
     for micro in range(n_rows // 3):
-        x, y = get_batch(train, cfg, micro // 4, micro % 4, ALONE)
+        x, y = get_batch([(train, cfg.batch_size)], cfg, micro // 4, micro % 4, ALONE)
         assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
         assert torch.equal(x[:, 1:], y[:, :-1])
         for row, targets in zip(x.tolist(), y.tolist()):
@@ -183,25 +183,29 @@ def test_batches(settings, data):
     for row in seen:
         leftover.remove(row)  # each as often as it stands in the data
     assert len(leftover) == n_rows % 3
-    other = get_batch(train, cfg, 2, 1, Env(3, 4, torch.device("cpu"), torch.float32))
-    assert torch.equal(get_batch(train, cfg, 2, 1, ALONE)[0], other[0])
-    assert not torch.equal(get_batch(train, cfg, 2, 2, ALONE)[0], other[0])
-    assert not torch.equal(get_batch(train, dataclasses.replace(cfg, seed=5), 2, 1, ALONE)[0], other[0])
+    other = get_batch([(train, cfg.batch_size)], cfg, 2, 1, Env(3, 4, torch.device("cpu"), torch.float32))
+    assert torch.equal(get_batch([(train, cfg.batch_size)], cfg, 2, 1, ALONE)[0], other[0])
+    assert not torch.equal(get_batch([(train, cfg.batch_size)], cfg, 2, 2, ALONE)[0], other[0])
+    other_seed = dataclasses.replace(cfg, seed=5)
+    assert not torch.equal(get_batch([(train, cfg.batch_size)], other_seed, 2, 1, ALONE)[0], other[0])
 
 
-def test_the_last_stretch_reads_the_other_folder(settings, other_data, monkeypatch):
+def test_the_last_stretch_mixes_in_rows_of_the_other_folder(settings, other_data, monkeypatch):
     reads = []
 
-    def spy(split, cfg, step, micro_step, env):
-        reads.append((step, micro_step, len(split.tokens)))
-        return get_batch(split, cfg, step, micro_step, env)
+    def spy(splits, cfg, step, micro_step, env):
+        reads.append((step, micro_step, [(len(split.tokens), count) for split, count in splits]))
+        x, y = get_batch(splits, cfg, step, micro_step, env)
+        assert len(x) == cfg.batch_size
+        return x, y
 
     monkeypatch.setattr(pretrain, "get_batch", spy)
-    cfg = settings(max_steps=6, anneal_dir=other_data, anneal_steps=2)
-    first, last = (len(open_data(folder)[0].tokens) for folder in (cfg.data_dir, other_data))
+    cfg = settings(max_steps=6, batch_size=3, anneal_dir=other_data, anneal_steps=2, anneal_rows=2)
+    train, anneal = (len(open_data(folder)[0].tokens) for folder in (cfg.data_dir, other_data))
     main(cfg)
-    assert first != last
-    assert reads == [(step, micro, first if step < 4 else last) for step in range(6) for micro in range(2)]
+    assert train != anneal
+    assert reads == [(step, micro, [(train, 3)] if step < 4 else [(anneal, 2), (train, 1)])
+                     for step in range(6) for micro in range(2)]
 
 
 # ---------------------------------------------------------------------------- resuming
@@ -398,7 +402,7 @@ def test_the_gradient_is_that_of_one_large_batch(settings, data):
     model = Transformer(ModelConfig(**load_checkpoint(cfg.out_dir)["model_config"]))
     cfg.seq_len = 32
     train, _, _ = open_data(data)
-    x, y = (torch.cat(rows) for rows in zip(*(get_batch(train, cfg, 0, i, ALONE) for i in range(2))))
+    x, y = (torch.cat(rows) for rows in zip(*(get_batch([(train, cfg.batch_size)], cfg, 0, i, ALONE) for i in range(2))))
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
@@ -450,7 +454,7 @@ def test_too_little_text(settings, data, tmp_path, other_data):
     folder = write_folder(tmp_path / "tiny", data + "/tokenizer.model", ["一，二，"], ["三，四，"])
     message = leaves(settings(data_dir=folder))
     assert folder in message and "fewer than one row of seq_len=32" in message
-    message = leaves(settings(anneal_dir=folder, anneal_steps=2))
+    message = leaves(settings(anneal_dir=folder, anneal_steps=2, anneal_rows=1))
     assert folder in message and "fewer than one row" in message
     folder = write_folder(tmp_path / "no_val", data + "/tokenizer.model", ["一，二，" * 50], [])
     assert f"{folder} has no text held out" in leaves(settings(data_dir=folder))
