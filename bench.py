@@ -53,20 +53,16 @@ class Config:
 def measure(sides, cfg, env):
     """Let each of {name: function} run in turn; return {name: [seconds, one a turn]}."""
     seconds = {name: [] for name in sides}
+    sync = torch.cuda.synchronize if env.device.type == "cuda" else lambda: None
     for turn in range(cfg.warmup + cfg.repeats):
         for name, run in sides.items():
-            sync(env)
+            sync()
             t = time.perf_counter()
             run()
-            sync(env)
+            sync()
             if turn >= cfg.warmup:
                 seconds[name].append(time.perf_counter() - t)
     return seconds
-
-
-def sync(env):
-    if env.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def spread(values, digits=0):
@@ -75,7 +71,7 @@ def spread(values, digits=0):
     return f"{median(values):,.{digits}f} ({values[0]:,.{digits}f} – {values[-1]:,.{digits}f})"
 
 
-def quotients(a, b):
+def ratios(a, b):
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
@@ -133,11 +129,10 @@ def train(model, theirs, cfg, env):
             theirs.compile()
         sides["transformers"] = stepper(theirs, lambda: F.cross_entropy(
             theirs(x, use_cache=False).logits.view(-1, cfg.vocab_size), y.view(-1)))
-    losses = {}
-    for name, run in sides.items():  # the first step, compiling included; it shows that both compute the same thing
+    for name, run in sides.items():  # compiling included; the loss shows that both compute the same thing
         t = time.perf_counter()
-        losses[name] = run()
-        print(f"first step of {name:<13} {time.perf_counter() - t:6.1f} s, loss {losses[name]:.5f}", flush=True)
+        loss = run()
+        print(f"first step of {name:<13} {time.perf_counter() - t:6.1f} s, loss {loss:.5f}", flush=True)
 
     size = 8192 if env.device.type == "cuda" else 2048
     a = torch.randn(size, size, device=env.device, dtype=env.dtype)
@@ -146,8 +141,8 @@ def train(model, theirs, cfg, env):
     n_params, tokens = model.count()[1], cfg.batch_size * cfg.seq_len
     print(f"\n{'':<13} {'tokens/s':<26} {'ours is … × as fast':<26} 6·N·tokens/s, % of matrix-product rate")
     for name, s in seconds.items():
-        share = quotients([100 * 6 * n_params * tokens / x for x in s], product)
-        print(f"{name:<13} {spread([tokens / x for x in s]):<26} {spread(quotients(s, seconds['mingyue']), 2):<26} "
+        share = ratios([100 * 6 * n_params * tokens / x for x in s], product)
+        print(f"{name:<13} {spread([tokens / x for x in s]):<26} {spread(ratios(s, seconds['mingyue']), 2):<26} "
               f"{spread(share, 1)}")
     print(f"\nmatrix product of {size} x {size}, {str(env.dtype)[6:]}: {spread([p / 1e9 for p in product])} GFLOP/s")
 
@@ -167,15 +162,13 @@ def generate(model, theirs, cfg, env):
             sides["transformers"] = lambda: run_theirs(theirs, prompts, cfg, env)
         seconds = measure(sides, cfg, env)
         rates = {side: spread([B * cfg.new_tokens / x for x in s]) for side, s in seconds.items()}
-        ratio = spread(quotients(seconds["transformers"], seconds["mingyue"]), 2) if theirs is not None else ""
+        ratio = spread(ratios(seconds["transformers"], seconds["mingyue"]), 2) if theirs is not None else ""
         print(f"{name:<13} {rates['mingyue']:<26} {rates.get('transformers', '-'):<26} {ratio}", flush=True)
 
 
 def run_ours(model, prompts, cfg, env):
     with env.autocast():
-        new = model.generate(prompts, cfg.new_tokens, temperature=cfg.temperature, seed=cfg.seed)
-    assert all(len(row) == cfg.new_tokens for row in new)
-    return new
+        model.generate(prompts, cfg.new_tokens, temperature=cfg.temperature, seed=cfg.seed)
 
 
 def run_theirs(theirs, prompts, cfg, env):
@@ -186,7 +179,6 @@ def run_theirs(theirs, prompts, cfg, env):
     with env.autocast(), torch.inference_mode():
         out = theirs.generate(ids, attention_mask=mask, max_new_tokens=cfg.new_tokens, pad_token_id=0, **how)
     assert out.shape[1] == longest + cfg.new_tokens, f"{out.shape[1] - longest} new tokens instead of {cfg.new_tokens}"
-    return out[:, longest:].tolist()
 
 
 def main(cfg):
@@ -197,7 +189,7 @@ def main(cfg):
     model = Transformer(ModelConfig(
         max_seq_len=max(cfg.seq_len, 2 * cfg.prompt_len + cfg.new_tokens),
         **{k: v for k, v in dataclasses.asdict(cfg).items() if k in names})).to(env.device)
-    device = torch.cuda.get_device_name() if env.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if env.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     print(f"{cfg.what}: {model.count()[0]:,} parameters, torch {torch.__version__} on {device}")
     theirs = load_transformers(model, cfg)
     (train if cfg.what == "train" else generate)(model, theirs, cfg, env)

@@ -59,20 +59,16 @@ class ModelConfig:
 
 
 def rope_table(config):
-    """Return cos and sin as `rotate` wants them, each (max_seq_len, D): angle = position * theta^(-2i/D), i < D/2.
-
-    For the second half of the channels the table begins again; sin is negative in the first (RoFormer, eq. 15 and 34).
-    """
+    """Return cos and sin, each (max_seq_len, D/2): angle = position * theta^(-2i/D) (RoFormer, eq. 15)."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     angle = torch.outer(torch.arange(config.max_seq_len).float(), freq)
-    return torch.cat([angle.cos(), angle.cos()], dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (a, b) = (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle, as transformers does:
-    (a*cos - b*sin, b*cos + a*sin), the minus sign coming from the table."""
+    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (the layout of transformers)."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([b, a], dim=-1) * sin
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def document_positions(docs):
@@ -82,29 +78,21 @@ def document_positions(docs):
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight. Written out on CPUs, where torch's own version takes four times as long."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
-        return x * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
-
-
 class KVCache:
     """Keys and values of every layer, allocated once and written in place. Rows are left-padded by `pad` (B) tokens."""
 
     def __init__(self, config, pad, max_len, dtype):
-        shape = (config.n_layers, 2, len(pad), config.n_kv_heads, max_len, config.head_dim)
-        self.layers = [kv.unbind(0) for kv in torch.zeros(shape, dtype=dtype, device=pad.device)]
+        shape = (config.n_layers, len(pad), config.n_kv_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=pad.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=pad.device)
         self.pad, self.ragged, self.length = pad, bool(pad.any()), 0
 
     def append(self, layer, k, v):
         """Write k, v (B, K, T, D) behind what is there and return all of it. The caller moves `length` on."""
-        keys, values = self.layers[layer]
-        keys.narrow(2, self.length, k.size(2)).copy_(k)
-        values.narrow(2, self.length, k.size(2)).copy_(v)
-        return keys.narrow(2, 0, self.length + k.size(2)), values.narrow(2, 0, self.length + k.size(2))
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -115,8 +103,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, (H + 2 * K) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, config.dim, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.norm_eps)
-            self.k_norm = RMSNorm(D, config.norm_eps)
+            self.q_norm = nn.RMSNorm(D, config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, config.norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
@@ -190,9 +178,9 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         moe = config.n_experts and layer >= config.first_dense
         self.ffn = MoE(config) if moe else FeedForward(config.dim, config.hidden_dim)
 
@@ -207,7 +195,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -245,7 +233,7 @@ class Transformer(nn.Module):
                 positions = document_positions(docs)
                 mask = (docs[:, :, None] == docs[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
         x = self.embed(ids)
-        cos = self.cos[:T] if positions is None else self.cos[positions]           # ([B,] T, D)
+        cos = self.cos[:T] if positions is None else self.cos[positions]           # ([B,] T, D/2)
         sin = self.sin[:T] if positions is None else self.sin[positions]
         cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)    # broadcast over heads
         for block in self.blocks:
