@@ -74,6 +74,7 @@ class Config:
     log_every: int = 1             # steps
     # machine
     device: str = "auto"
+    dtype: str = "auto"            # of products on a CPU: auto (bf16 where that is faster) | float32
     seed: int = 1234
 
 

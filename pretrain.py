@@ -81,6 +81,7 @@ class Config:
     sample_start: str = ""         # text that printed samples begin with
     # machine
     device: str = "auto"
+    dtype: str = "auto"            # of products on a CPU: auto (bf16 where that is faster) | float32
     compile: bool = True
     seed: int = 1234
     estimate: bool = False         # print parameters, memory and hours, then leave

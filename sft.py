@@ -75,6 +75,7 @@ class Config:
     answer_tokens: int = 64        # longest answer to them
     # machine
     device: str = "auto"
+    dtype: str = "auto"            # of products on a CPU: auto (bf16 where that is faster) | float32
     compile: bool = True
     seed: int = 1234
 

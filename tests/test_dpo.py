@@ -20,7 +20,7 @@ LOSSES = ["dpo", "cdpo", "ipo", "simpo", "orpo"]
 
 def settings(root, **changes):
     base = dict(data_dir=f"{root}/data", init_from=f"{root}/base", batch_size=4, max_steps=8, warmup_steps=2, lr=1e-3,
-                eval_every=4, save_every=4, device="cpu")
+                eval_every=4, save_every=4, device="cpu", dtype="float32")
     return {**base, **changes}
 
 

@@ -79,7 +79,7 @@ def settings(data, tmp_path):
         return Config(**{**dict(
             data_dir=data, out_dir=str(tmp_path / "run"), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64,
             max_seq_len=32, batch_size=4, grad_accum=2, max_steps=20, warmup_steps=4, lr=1e-2, min_lr=1e-3,
-            eval_every=7, eval_tokens=500, save_every=100, device="cpu", compile=False), **changes})
+            eval_every=7, eval_tokens=500, save_every=100, device="cpu", dtype="float32", compile=False), **changes})
     return make
 
 

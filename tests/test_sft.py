@@ -72,7 +72,7 @@ def place(tmp_path_factory):
 def settings(root, **changes):
     defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2,
                     grad_accum=2, max_steps=4, schedule="wsd", warmup_steps=0, lr=1e-3, sample_every=0, save_every=100,
-                    device="cpu", compile=False)
+                    device="cpu", dtype="float32", compile=False)
     return sft.Config(**{**defaults, **changes})
 
 
