@@ -11,12 +11,12 @@ beta = 0.1
 nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
 
 batch_size = 32            # about 75 answers, 4,700 tokens
-max_steps = 100
-lr = 3e-5
-min_lr = 3e-6
+max_steps = 80
+lr = 5e-5
+min_lr = 5e-6
 warmup_steps = 10
 
-eval_every = 25
+eval_every = 40
 eval_prompts = 300
-save_every = 50
+save_every = 40
 log_every = 10

@@ -6,13 +6,13 @@ init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
 
 batch_size = 32            # about 75 answers, 4,700 tokens
-max_steps = 280
-lr = 1e-4
-min_lr = 1e-5
+max_steps = 200
+lr = 6e-4
+min_lr = 3e-5
 warmup_steps = 20
 
-eval_every = 70
+eval_every = 100
 eval_prompts = 600
 shift_prompts = 600
-save_every = 70
+save_every = 100
 log_every = 10

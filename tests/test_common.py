@@ -200,7 +200,7 @@ def test_all_sum_alone():
 def test_start_prints_what_was_changed(capsys, monkeypatch):
     import pretrain
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    env = start(pretrain.Config(device="cpu", lr=0.5))
+    env = start(pretrain.Config(device="cpu", dtype="float32", lr=0.5))
     out = capsys.readouterr().out
     assert env.main and env.world == 1 and env.dtype == torch.float32 and env.device.type == "cpu"
     assert "lr=0.5" in out and "device=cpu" in out and "weight_decay" not in out
