@@ -49,8 +49,8 @@ class Env:
 def start(cfg, announce=True):
     """Join the other processes if torchrun started us, choose device and dtype, seed; return an Env.
 
-    cfg: a Config with `device` ("auto", "cpu", "cuda", "mps") and `seed`. On GPUs products are made in bf16, on older ones
-    in fp16. On CPUs they are made in fp32, but for a cfg with dtype="auto" in bf16 where that is fast.
+    cfg: a Config with `device` ("auto", "cpu", "cuda", "mps") and `seed`. Products are made in bf16 on GPUs (fp16 on
+    older ones) and in fp32 on CPUs; where cfg has dtype="auto", in bf16 on CPUs that are fast at it.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = cfg.device
@@ -80,8 +80,8 @@ def start(cfg, announce=True):
 
 
 def bf16_is_fast():
-    """Measure: with matrix units (AMX) bf16 products are several times faster than fp32, without any native support they
-    are hundreds of times slower, and what a CPU says of itself does not tell."""
+    """Measure: with matrix units (AMX) bf16 products are several times faster than fp32, without native support hundreds
+    of times slower, and what a CPU says of itself does not tell."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(512, 512, dtype=dtype)
@@ -225,8 +225,8 @@ def shuffled(n, first, count, seed):
 def collate(documents, pad_id, device="cpu"):
     """Right-pad documents [(ids, mask), …] and shift them: what follows a token is its target.
 
-    Return ids, targets, mask, each (B, T): mask[b, t] is 1 where targets[b, t] is a token to learn. Causal attention never
-    looks at the padding behind a row, so it needs no attention mask.
+    Return ids, targets, mask, each (B, T): mask[b, t] is 1 where targets[b, t] is a token to learn. Causal attention
+    never looks at the padding behind a row, so it needs no attention mask.
     """
     T = max(len(ids) for ids, _ in documents)
     ids = np.full((len(documents), T), pad_id, dtype=np.int64)

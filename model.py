@@ -66,7 +66,7 @@ def rope_table(config):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (the layout of transformers)."""
+    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (layout of transformers)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -158,7 +158,7 @@ class MoE(nn.Module):
         chosen = (scores + self.bias).topk(self.k, dim=-1).indices                 # (N, k)
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
-        # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block of one grouped product
+        # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block of a grouped product
         order = chosen.view(-1).argsort(stable=True)
         count = chosen.view(-1).bincount(minlength=len(self.bias))
         if self.training:
@@ -245,8 +245,8 @@ class Transformer(nn.Module):
     def forward(self, ids, targets=None, weights=None, docs=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> a scalar loss in nats.
 
-        weights (B, T): the loss is sum(weights * nll), so the caller decides what it is a mean of; without weights it is
-        the mean over targets that are not -1.
+        weights (B, T): the loss is sum(weights * nll), so the caller decides what it is a mean of; without weights it
+        is the mean over targets that are not -1.
         """
         x = self.hidden(ids, docs)
         if targets is None:
@@ -299,8 +299,8 @@ class Transformer(nn.Module):
         """Continue each prompt (a list of ids) by up to max_new_tokens; return the new ids, a list a prompt.
 
         A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
-        repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i, so what
-        it says does not depend on the rest of the batch. on_token(step, ids) sees each step's tokens, a list of B ids
+        repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i, so
+        what it says does not depend on the rest of the batch. on_token(step, ids) sees each step's tokens, a list of B ids
         (None in rows that have ended). return_logps adds each new token's log-prob at this temperature, unfiltered.
         """
         if not prompts or not all(len(p) for p in prompts):
@@ -347,7 +347,7 @@ class Transformer(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """The same trunk with one scalar a token instead of the vocabulary: scores of a reward model, values of a critic."""
+    """The same trunk with a scalar a token instead of the vocabulary: scores of a reward model, values of a critic."""
 
     def __init__(self, config):
         super().__init__()
@@ -453,7 +453,7 @@ def filter_logits(logits, seen, temperature, top_k, top_p, min_p, repetition_pen
 
 
 def logits_to_ids(logits, uniforms, temperature):
-    """Pick a token a row of logits (B, V): the likeliest, or by inverting the distribution at uniforms (B) in [0, 1)."""
+    """Pick a token a row of logits (B, V): the likeliest, or by inverting the cdf at uniforms (B) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = logits.softmax(-1).cumsum(-1)

@@ -657,8 +657,8 @@ def recipe(name, build, kind, defaults, also=()):
 
 SHARED = {"tokenizer": "data/poems/tokenizer.model"}
 RECIPES = {
-    "poems": recipe("poems", build_poems, "text", {"vocab_size": 6400, "max_piece_length": 1},  # a token a character: verse is counted in characters
-                    also=("poems-famous",)),
+    # a token a character, because verse is counted in characters
+    "poems": recipe("poems", build_poems, "text", {"vocab_size": 6400, "max_piece_length": 1}, also=("poems-famous",)),
     "poems-famous": recipe("poems-famous", build_famous, "text", SHARED),
     "poems-sft": recipe("poems-sft", build_sft, "sft", {**SHARED, "max_length": 256}),
     "poems-pairs": recipe("poems-pairs", build_pairs, "pairs", {**SHARED, "max_length": 512}),

@@ -108,7 +108,7 @@ def whiten(x, mask, env, shift_mean=True):
 
 
 def token_rewards(scores, logps, ref_logps, mask, kl_coef):
-    """Per-token rewards (B, T): minus kl_coef times k1 = log(pi/ref) at each answer token, plus the score (B) at the last.
+    """Rewards (B, T): minus kl_coef times k1 = log(pi/ref) at each answer token, plus the score (B) at the last one.
 
     Their sum over a row is score - kl_coef * log(pi(answer)/ref(answer)), the objective of Ziegler et al. 2019 (eq. 2).
     """
@@ -148,7 +148,7 @@ def group_advantages(totals, group_size, kind):
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
-    """Clipped surrogate (PPO, eq. 7), summed over answer tokens; return (loss, ratio (B, T), number of ratios clipped)."""
+    """Clipped surrogate (PPO, eq. 7), summed over answer tokens; return (loss, ratio (B, T), ratios clipped)."""
     ratio = ((logps - old_logps) * mask).exp()
     loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     return (loss * mask).sum(), ratio, (((ratio - 1).abs() > clip) * mask).sum()
@@ -225,7 +225,7 @@ def rollout(actor, prompts, stop_ids, pad_id, cfg, seed, env):
 
 
 def collect(actor, reference, critic, scorer, prompts, stop_ids, pad_id, cfg, step, kl_coef, env, watcher=None):
-    """Steps 1 to 5. prompts: {number of its first answer among those of all processes: prompts}, to be answered at once.
+    """Steps 1 to 5. prompts: {number of the first answer among those of all processes: prompts to answer at once}.
 
     Return a batch of tensors, (B, T) or (B), and the seconds spent on generating and on scoring. The random numbers of
     an answer and its place in a minibatch follow from its number ("row"), so they do not depend on who generated it.

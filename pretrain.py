@@ -150,7 +150,8 @@ def estimate(model, cfg, env):
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
     print(f"memory          {16 * total / 2**30:.1f} GiB for weights, gradients and AdamW, "
           f"about {activations / 2**30:.1f} GiB for activations (a process)")
-    for name, peak in [("this device", peak_flops(env))] + [(k, 1e12 * GPU_TFLOPS[k]) for k in ("4090", "A100", "H100")]:
+    peaks = {"this device": peak_flops(env)} | {name: 1e12 * GPU_TFLOPS[name] for name in ("4090", "A100", "H100")}
+    for name, peak in peaks.items():
         if peak:
             print(f"{name:<15} {flops * tokens / peak / 0.4 / 3600:,.2f} hours at 40% of {peak / 1e12:.1f} TFLOP/s")
 

@@ -4,7 +4,7 @@ Let a trained model speak: continue a text, or chat.
     python sample.py --start="床前明月光"
     python sample.py --start=FILE:prompt.txt --num_samples=5 --temperature=0.8 --top_p=0.9
     python sample.py --prompts=lines.txt > answers.txt       # one prompt a line, generated in batches
-    python sample.py --chat=True                             # /clear  /system TEXT  /save FILE  /exit; Ctrl-C stops an answer
+    python sample.py --chat=True             # /clear  /system TEXT  /save FILE  /exit; Ctrl-C stops an answer
 
 in: out/<run>/ckpt.pt and tokenizer.model. Samples go to stdout, everything else to stderr.
 """
@@ -141,7 +141,7 @@ def chat(model, tokenizer, cfg, env):
     history = [{"role": "system", "content": cfg.system}] if cfg.system else []
     new_tokens = min(cfg.max_new_tokens, model.config.max_seq_len // 2)
     room, stop_ids, turn = model.config.max_seq_len - new_tokens, [tokenizer.im_end_id, tokenizer.eot_id], 0
-    print("/clear forgets, /system TEXT sets the role, /save FILE keeps the chat, /exit or Ctrl-D leaves", file=sys.stderr)
+    print("/clear forgets, /system TEXT sets the role, /save FILE keeps the chat, /exit leaves", file=sys.stderr)
     while True:
         try:
             print("你: ", end="", file=sys.stderr, flush=True)
@@ -201,7 +201,8 @@ def main(cfg):
     env = start(cfg, announce=False)
     folder = cfg.out_dir or newest_run(stages=("sft", "ppo", "dpo") if cfg.chat else ("pretrain", "sft", "ppo", "dpo"))
     model, tokenizer, checkpoint = load_model(folder, env.device)
-    print(f"{folder}: {checkpoint['stage']}, step {checkpoint['step']}, {model.count()[0]:,} parameters", file=sys.stderr)
+    print(f"{folder}: {checkpoint['stage']}, step {checkpoint['step']}, {model.count()[0]:,} parameters",
+          file=sys.stderr)
     if cfg.chat and not (cfg.start or cfg.prompts):
         chat(model, tokenizer, cfg, env)
     else:

@@ -1,4 +1,4 @@
-# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), one pass over 9,000 prompts.
+# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 9,000 prompts.
 #   python prepare.py poems-pairs
 #   python reward.py config/poems_reward.py      (draft: numbers come from a run over out/poems-sft; not measured yet)
 data_dir = "data/poems-pairs"

@@ -6,7 +6,7 @@ data_dir = "data/poems-sft"
 init_from = "out/poems"
 out_dir = "out/poems-sft"
 
-seq_len = 256              # 4.4 conversations a row, 281 steps an epoch; the 21 conversations that are longer are left out
+seq_len = 256              # 4.4 conversations a row
 batch_size = 12            # 3,072 tokens a step
 epochs = 1
 lr = 1.5e-3

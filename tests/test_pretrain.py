@@ -402,7 +402,8 @@ def test_the_gradient_is_that_of_one_large_batch(settings, data):
     model = Transformer(ModelConfig(**load_checkpoint(cfg.out_dir)["model_config"]))
     cfg.seq_len = 32
     train, _, _ = open_data(data)
-    x, y = (torch.cat(rows) for rows in zip(*(get_batch([(train, cfg.batch_size)], cfg, 0, i, ALONE) for i in range(2))))
+    rows = (get_batch([(train, cfg.batch_size)], cfg, 0, i, ALONE) for i in range(2))
+    x, y = (torch.cat(parts) for parts in zip(*rows))
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
