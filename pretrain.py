@@ -95,8 +95,12 @@ def get_batch(splits, cfg, step, micro_step, env):
     T, x = cfg.seq_len, []
     for split, count in splits:
         first = (step * cfg.grad_accum + micro_step) * cfg.batch_size
-        for r in shuffled((len(split.tokens) - 1) // T, first, count, cfg.seed):
-            x.append(split.tokens[r * T:r * T + T + 1])
+        n_rows = max(1, (len(split.tokens) - 1) // T - 1)
+        slack = len(split.tokens) - 1 - n_rows * T
+        for i, r in enumerate(shuffled(n_rows, first, count, cfg.seed), first):
+            # each epoch cuts the text into rows at other places, so that no text is learned by what stands before it
+            start = r * T + np.random.default_rng([cfg.seed, i // n_rows]).integers(slack + 1)
+            x.append(split.tokens[start:start + T + 1])
     x = torch.from_numpy(np.stack(x).astype(np.int64))
     if env.device.type == "cuda":
         x = x.pin_memory().to(env.device, non_blocking=True)
