@@ -424,7 +424,9 @@ def build_famous(corpus, raw_dir, options):
     if not corpus.poems:
         raise SystemExit("poems-famous needs the poems: install Node.js, or give --poetry=chinese-poetry-2.0.1.tgz")
     quatrains = [p for p in corpus.poems if p["famous"] == "tangshisanbaishou" and p["form"] == "五言绝句"]
-    return {"train": texts(t for p in quatrains for t in (poem_text(p), p["body"])),
+    # in several layouts, so that a poem is not known by what stands before it alone
+    layouts = ("{form}《{title}》{author}\n{body}", "《{title}》{author}\n{body}", "{body}", "{body}\n——{author}《{title}》")
+    return {"train": texts(layout.format(**p) for p in quatrains for layout in layouts),
             "val": texts(map(poem_text, sample(random.Random(0), corpus.held_poems, 10)), "val")}
 
 

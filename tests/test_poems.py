@@ -203,7 +203,8 @@ def test_poems_recipe(raw):
 def test_other_recipes(raw):
     famous = read(poems.RECIPES["poems-famous"].write(str(raw), {}))
     train = [r["text"] for r in famous if r["split"] == "train"]
-    assert train == ["五言绝句《静夜思》李白\n" + QUIET_NIGHT, QUIET_NIGHT]
+    assert train == ["五言绝句《静夜思》李白\n" + QUIET_NIGHT, "《静夜思》李白\n" + QUIET_NIGHT, QUIET_NIGHT,
+                     QUIET_NIGHT + "\n——李白《静夜思》"]
     assert sum(r["split"] == "val" for r in famous) == 8
 
     sft = read(poems.RECIPES["poems-sft"].write(str(raw), {}))
