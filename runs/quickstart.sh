@@ -17,7 +17,7 @@ python sample.py --out_dir=out/poems --start="床前明月光" --temperature=0 -
 say "3. instruction tuning"
 prepare poems-sft
 python sft.py config/poems_sft.py
-printf '你好，你是谁？\n“守株待兔”是什么意思？\n写一首五言绝句，题目是《春夜》。\n' |
+printf '“守株待兔”是什么意思？\n它出自哪里？\n请举一个例子。\n' |
     python sample.py --chat=True --out_dir=out/poems-sft --max_new_tokens=96 --temperature=0.7
 
 say "4. preferences and the reward model"
