@@ -255,10 +255,10 @@ def test_without_npm(raw, capsys):
     assert "Node.js" in said and "--poetry" in said and "NO POEMS" in said
     records = read(folder)
     assert any(r["text"].startswith("成语：") and r["split"] == "val" for r in records)
-    assert not any(r["text"].startswith("唐诗") for r in records)
+    assert not any(r["text"].startswith(("唐诗", *poems.FORMS)) for r in records)
     idioms = poems.load_heldout(str(raw))[1]
-    with pytest.raises(SystemExit, match="poems-famous needs the poems"):
-        poems.RECIPES["poems-famous"].write(str(raw), {})
+    famous = read(poems.RECIPES["poems-famous"].write(str(raw), {}))  # the last stretch of training still has its folder
+    assert famous and all(r["text"].startswith("成语：") for r in famous)
 
     poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "mine.tgz")})
     assert poems.load_heldout(str(raw))[1] == idioms  # the same idioms are held out with and without poems
@@ -267,7 +267,7 @@ def test_without_npm(raw, capsys):
     poem = {"title": "静夜思", "author": "李白", "paragraphs": ["床前明月光，疑是地上霜。"]}
     (checkout / "poet.tang.0.json").write_text(json.dumps([poem]))
     folder = poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "checkout")})
-    assert any(r["text"].startswith("五言绝句《静夜思》") for r in read(folder))
+    assert any(r["text"].startswith("唐诗《静夜思》") for r in read(folder))
     with pytest.raises(SystemExit, match="no poems in"):
         poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "nothing.tgz")})
 
@@ -301,4 +301,4 @@ def test_real_heldout(tmp_path, monkeypatch):
                     assert not about.search(text), (name, text)
     train = [r["text"] for r in read(str(tmp_path / "poems")) if r["split"] == "train"]
     assert "五言绝句《静夜思》李白\n" + QUIET_NIGHT in train and QUIET_NIGHT in train
-    assert sum(t.startswith("唐诗") for t in train) > 52_000 and sum(t.startswith("成语") for t in train) == 29_883
+    assert sum(t.startswith(("唐诗", *poems.FORMS)) for t in train) > 52_000 and sum(t.startswith("成语") for t in train) == 29_883
