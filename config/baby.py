@@ -10,8 +10,8 @@ n_layers = 12
 n_heads = 8
 max_seq_len = 1024
 
-batch_size = 16
-grad_accum = 32            # 32 * 16 * 1024 = 524,288 tokens a step
+batch_size = 32
+grad_accum = 16            # 16 * 32 * 1024 = 524,288 tokens a step
 max_steps = 26_700         # 14 G tokens
 optimizer = "muon"
 lr = 6e-4
