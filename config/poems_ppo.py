@@ -1,4 +1,6 @@
-# PPO on the poems: poem requests, the learned reward, KL to the SFT model.
+# PPO on the poems: poem requests, the learned reward, KL to the SFT model (settings hardly tuned yet).
+#   python prepare.py poems-prompts
+#   python ppo.py config/poems_ppo.py
 data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"
 reward_from = "out/poems-reward"
