@@ -416,7 +416,7 @@ def resume(cfg, env, models, optimizers, scaler):
         print(f"resuming {path} at step {checkpoint['step']} of {cfg.max_steps}"
               + (f", with other settings than before: {now}" if now else ""))
         if checkpoint["step"] >= cfg.max_steps:
-            print(f"it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
+            print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
         trim_log(cfg.out_dir, checkpoint["step"])
     return checkpoint["step"], checkpoint["best_val"], checkpoint
 

@@ -5,7 +5,7 @@ PPO: raise the reward of the model's own answers without leaving the model it st
     python ppo.py config/poems_ppo.py --advantage=rloo --group_size=4        # no critic: answers to one prompt compared
     python ppo.py config/poems_ppo.py --reward=rewards.py:quatrain           # a Python function instead of the model
 
-in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (one token mask-free prompt a document)
+in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
 
 One step: (1) generate answers, (2) score them, (3) log-probs of actor and reference and values of the critic,

@@ -1,6 +1,6 @@
 # The quickstart's base model: 3 M parameters, 3.0 M of 12.3 M tokens of poems, idioms, a novel and riddles.
 #   python prepare.py poems && python pretrain.py config/poems.py
-# 2 cores (AMX, products in bf16): 4.3 minutes, held-out 2.22 bits a byte, recites 静夜思. In fp32 about 6 minutes.
+# 2 cores (AMX, products in bf16): 4.3 minutes, held-out 2.22 bits a byte, recites 静夜思. Not timed in fp32 on two cores.
 # Runs of equal time (runs/equal_time.py, 110 s on one thread, uncompiled, with an earlier vocabulary of longer tokens),
 # held-out bits a byte: lr 3e-3 2.688, lr 6e-3 2.711, 8 rows a step 2.670, dim 128 2.641. The narrower model is ahead so
 # early; 192 was kept for the later stages. Muon was not compared.
