@@ -5,7 +5,7 @@ How fast is it? Training and generation, side by side with transformers on the s
     python bench.py generate              new tokens a second at batch 1, 32 and 64, and for prompts of mixed lengths
     python bench.py train --vs=none --dim=1024 --n_layers=12 --n_heads=8 --n_kv_heads=8 --hidden_dim=2752 --seq_len=1024
 
-Both sides take turns in one process (A B A B …), so a busy machine slows them alike; each ratio compares neighbours in
+Both sides take turns in one process (A B A B), so a busy machine slows them alike; each ratio compares neighbours in
 time, and the median over all turns is printed with its smallest and largest. The matrix-product rate (a large square
 product) takes its turn too. On a GPU products are in bf16 under autocast and memory is the GPU's; on a CPU in fp32.
 """
