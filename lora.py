@@ -20,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import Linear
+
 
 @dataclass
 class Config:
@@ -78,7 +80,7 @@ def merge_lora(model):
     """Add every adapter to its weight and make the layers plain again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight, linear.bias = module.weight, module.bias
             linear.weight += module.scale * (module.lora_b @ module.lora_a)
             model.set_submodule(name, linear)
