@@ -3,6 +3,7 @@ How fast is it? Training and generation, side by side with transformers on the s
 
     python bench.py train                 tokens a second, and their share of the machine's matrix-product rate
     python bench.py generate              new tokens a second at batch 1, 32 and 64, and for prompts of mixed lengths
+    python bench.py rollout               answers of a trained model to 64 real prompts, as ppo.py makes them
     python bench.py train --vs=none --dim=1024 --n_layers=12 --n_heads=8 --n_kv_heads=8 --hidden_dim=2752 --seq_len=1024
 
 Both sides take turns in one process (A B A B), so a busy machine slows them alike; each ratio compares neighbours in
@@ -17,14 +18,15 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from common import compile_model, peak_memory, start
+from common import compile_model, load_model, open_data, peak_memory, start
 from configurator import load_config
 from model import ModelConfig, Transformer
+from ppo import rollout
 
 
 @dataclass
 class Config:
-    what: str = "train"           # train | generate
+    what: str = "train"           # train | generate | rollout
     vs: str = "transformers"      # transformers | none
     # model
     vocab_size: int = 6400
@@ -41,6 +43,11 @@ class Config:
     prompt_len: int = 16          # tokens
     new_tokens: int = 128         # a row
     temperature: float = 1.0      # 0: greedy
+    # rollout
+    run: str = "out/poems-sft"
+    data_dir: str = "data/poems-prompts"
+    group_size: int = 1           # answers to a prompt
+    max_new_tokens: int = 96
     # machine
     repeats: int = 10             # turns each side takes
     warmup: int = 2               # turns before those, not counted
@@ -166,25 +173,57 @@ def generate(model, theirs, cfg, env):
         print(f"{name:<13} {rates['mingyue']:<26} {rates.get('transformers', '-'):<26} {ratio}", flush=True)
 
 
+def rollouts(cfg, env):
+    """Print answer tokens a second of ppo.py's rollout, prompts of different lengths and answers that end by themselves,
+    beside transformers with the same weights. Answers differ from turn to turn, so rates are compared, not seconds."""
+    model, tokenizer, _ = load_model(cfg.run, env.device)
+    theirs = load_transformers(model, cfg)
+    prompts = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)[0]
+    prompts = [prompts.document(i)[0].tolist() for i in range(int(cfg.batches.split(",")[-1]))]
+    stop_ids, pad_id, counts = [tokenizer.im_end_id, tokenizer.eot_id], tokenizer.pad_id, {}
+
+    def ours():
+        documents = rollout(model, prompts, stop_ids, pad_id, cfg, len(counts.get("mingyue", [])), env)
+        counts.setdefault("mingyue", []).append(sum(sum(mask) for _, mask in documents))
+
+    def others():
+        new = run_theirs(theirs, prompts, cfg, env, pad_id, stop_ids)
+        counts.setdefault("transformers", []).append((new != pad_id).sum().item())
+
+    sides = {"mingyue": ours} | ({"transformers": others} if theirs is not None else {})
+    seconds = measure(sides, cfg, env)
+    rates = {side: ratios(counts[side][cfg.warmup:], s) for side, s in seconds.items()}
+    for side, values in rates.items():
+        print(f"{side:<13} {spread(values)} answer tokens/s, {spread([n / len(prompts) for n in counts[side]], 1)} an answer")
+    if theirs is not None:
+        print(f"ratio         {spread(ratios(*rates.values()), 2)}")
+
+
 def run_ours(model, prompts, cfg, env):
     with env.autocast():
         model.generate(prompts, cfg.new_tokens, temperature=cfg.temperature, seed=cfg.seed)
 
 
-def run_theirs(theirs, prompts, cfg, env):
+def run_theirs(theirs, prompts, cfg, env, pad_id=0, stop_ids=None):
+    """Return the new tokens (B, T); after a stop token, pad_id. Without stop_ids all rows are cfg.new_tokens long."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=env.device)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=env.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=env.device)
     how = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0} if cfg.temperature else {"do_sample": False}
+    new_tokens = cfg.max_new_tokens if stop_ids else cfg.new_tokens
     with env.autocast(), torch.inference_mode():
-        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=cfg.new_tokens, pad_token_id=0, **how)
-    assert out.shape[1] == longest + cfg.new_tokens, f"{out.shape[1] - longest} new tokens instead of {cfg.new_tokens}"
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad_id,
+                              eos_token_id=stop_ids, **how)
+    assert stop_ids or out.shape[1] == longest + new_tokens, f"{out.shape[1] - longest} new tokens, not {new_tokens}"
+    return out[:, longest:]
 
 
 def main(cfg):
-    if cfg.what not in ("train", "generate"):
-        raise SystemExit(f"error: what={cfg.what!r}, known are train and generate")
+    if cfg.what not in ("train", "generate", "rollout"):
+        raise SystemExit(f"error: what={cfg.what!r}, known are train, generate and rollout")
     env = start(cfg)
+    if cfg.what == "rollout":
+        return rollouts(cfg, env)
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     model = Transformer(ModelConfig(
         max_seq_len=max(cfg.seq_len, 2 * cfg.prompt_len + cfg.new_tokens),

@@ -237,6 +237,47 @@ def collate(documents, pad_id, device="cpu"):
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
+# ---------------------------------------------------------------------------- answers
+
+
+def like_lengths(ends, width):
+    """Split rows (R), of which only the first `ends` (R) tokens count, into groups of like length: less padding to
+    compute, and about 2,048 tokens at a time."""
+    return ends.argsort(stable=True).split(max(8, 2048 // width))
+
+
+def answer_logps(model, batch, env, temperature=1.0):
+    """Return the log-prob of each row's answer with its <|im_end|>, prompt left out, and the answer's length, (R) each.
+
+    batch: ids, targets, mask, each (R, T), of collate().
+    """
+    ids, targets, mask = batch
+    ends = (mask * torch.arange(1, ids.size(1) + 1, device=mask.device)).amax(dim=1).long()
+    sums = torch.zeros(len(ids), device=ids.device)
+    for rows in like_lengths(ends, ids.size(1)):
+        T = ends[rows].max()
+        with env.autocast():
+            logps = model.logps(ids[rows, :T], targets[rows, :T], mask[rows, :T], temperature)  # (rows, T)
+        sums = sums.index_put((rows,), logps.sum(dim=1))
+    return sums, mask.sum(dim=1)
+
+
+def score_answers(model, batch, env):
+    """Return a reward model's score of each row (R), read at the answer's last token, the <|im_end|>.
+
+    batch: of collate(). What stands behind a row's end cannot change its score: attention is causal.
+    """
+    ids, targets, mask = batch
+    ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
+    ends = (mask * torch.arange(1, ids.size(1), device=mask.device)).amax(dim=1).long()
+    scores = torch.zeros(len(ids), device=ids.device)
+    for rows in like_lengths(ends, ids.size(1)):
+        with env.autocast():
+            part = model(ids[rows, :ends[rows].max() + 1])                         # (rows, T)
+        scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
+    return scores
+
+
 # ---------------------------------------------------------------------------- optimizer
 
 

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_sum, average_gradients, catch_signals, collate, load_model, log, lr_at, make_optimizers,
-                    micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume, save_checkpoint, set_lr,
-                    shuffled, start)
+from common import (all_sum, answer_logps, average_gradients, catch_signals, collate, load_model, log, lr_at,
+                    make_optimizers, micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume,
+                    save_checkpoint, set_lr, shuffled, start)
 from configurator import load_config
 from lora import add_lora, lora_state_dict, weights_hash
 
@@ -93,20 +93,6 @@ def best_against_each(sizes, device="cpu"):
     starts = np.cumsum([0] + sizes[:-1]).tolist()
     pairs = [(s, s + k, 1 / (K - 1) / len(sizes)) for s, K in zip(starts, sizes) for k in range(1, K)]
     return [torch.tensor(column, device=device) for column in zip(*pairs)]
-
-
-def answer_logps(model, batch, env):
-    """Return the log-prob of each row's answer with its <|im_end|>, prompt left out, and the answer's length, (R)."""
-    ids, targets, mask = batch
-    ends = (mask * torch.arange(1, ids.size(1) + 1, device=mask.device)).amax(dim=1).long()
-    sums = torch.zeros(len(ids), device=env.device)
-    size = max(8, 2048 // ids.size(1))
-    for rows in ends.argsort(stable=True).split(size):  # rows of like length together: less padding is computed
-        T = ends[rows].max()
-        with env.autocast():
-            logps, _ = model.logps(ids[rows, :T], targets[rows, :T])               # (size, T)
-        sums = sums.index_put((rows,), (logps * mask[rows, :T]).sum(dim=1))
-    return sums, mask.sum(dim=1)
 
 
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, cfg):

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common import collate, load_checkpoint, load_model, model_from, open_data, open_pairs, start
+from common import (answer_logps, collate, load_checkpoint, load_model, model_from, open_data, open_pairs,
+                    score_answers, start)
 from configurator import load_config
 from model import ScalarModel
 from poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
@@ -69,17 +70,9 @@ def share(hits):
 
 
 @torch.no_grad()
-def answer_logps(model, documents, pad_id, cfg, env, temperature=1.0):
-    """Summed log-prob of the learned tokens of each document (ids, mask), sorted by length into batches."""
-    order, sums = sorted(range(len(documents)), key=lambda i: len(documents[i][0])), [0.0] * len(documents)
-    for i in range(0, len(order), cfg.batch_size):
-        part = order[i:i + cfg.batch_size]
-        ids, targets, mask = collate([documents[j] for j in part], pad_id, env.device)
-        with env.autocast():
-            logps, _ = model.logps(ids, targets, temperature)
-        for j, total in zip(part, (logps * mask).sum(1).tolist()):
-            sums[j] = total
-    return sums
+def logps_of(model, documents, pad_id, env, temperature=1.0):
+    """Summed log-prob of the learned tokens of each document (ids, mask)."""
+    return answer_logps(model, collate(documents, pad_id, env.device), env, temperature)[0].tolist()
 
 
 def idiom_choice(model, tokenizer, idioms, chat, cfg, env):
@@ -106,8 +99,8 @@ def idiom_choice(model, tokenizer, idioms, chat, cfg, env):
     pairs = [document(rows[i]["word"], rows[j]["explanation"]) for i, four in enumerate(choices) for j in four]
     alone = [document("", row["explanation"]) for row in rows]
     pairs, alone = ([(ids[:limit], mask[:limit]) for ids, mask in docs] for docs in (pairs, alone))
-    given = answer_logps(model, pairs, tokenizer.pad_id, cfg, env)
-    prior = answer_logps(model, alone, tokenizer.pad_id, cfg, env)
+    given = logps_of(model, pairs, tokenizer.pad_id, env)
+    prior = logps_of(model, alone, tokenizer.pad_id, env)
     hits = []
     for i, four in enumerate(choices):
         gains = [given[4 * i + c] - prior[j] for c, j in enumerate(four)]
@@ -126,23 +119,16 @@ def sample_all(model, prompts, stop_ids, pad_id, temperature, seed, cfg, env):
 
 
 @torch.no_grad()
-def score(reward_model, documents, pad_id, cfg, env):
-    """Score of each document (ids, mask), read at its last learned token."""
-    scores = []
-    for i in range(0, len(documents), cfg.batch_size):
-        part = [([*ids, pad_id], [*mask, 0]) for ids, mask in documents[i:i + cfg.batch_size]]
-        ids, _, _ = collate(part, pad_id, env.device)
-        with env.autocast():
-            rows = reward_model(ids)
-        scores += [rows[row, max(t for t, m in enumerate(mask) if m)].item() for row, (_, mask) in enumerate(part)]
-    return scores
+def scores_of(reward_model, documents, pad_id, env):
+    """Score of each document (ids, mask)."""
+    return score_answers(reward_model, collate(documents, pad_id, env.device), env).tolist()
 
 
 def reward_accuracy(reward_model, tokenizer, idioms, cfg, env):
     """Share of held-out pairs that the reward model orders as they were ranked, by where they come from."""
     _, val, _, bounds, _ = open_pairs(f"data/{cfg.name}-pairs", tokenizer.fingerprint, reward_model.config.max_seq_len)
     documents = [val.document(i) for i in range(len(val))]
-    scores = score(reward_model, documents, tokenizer.pad_id, cfg, env)
+    scores = scores_of(reward_model, documents, tokenizer.pad_id, env)
     words, hits = {row["word"] for row in idioms}, {"poem lists": [], "idiom pairs": [], "people": []}
     for a, b in zip(bounds, bounds[1:]):
         question = tokenizer.decode([int(t) for t, m in zip(*documents[a]) if not m])
@@ -183,9 +169,9 @@ def evaluate_run(folder, cfg, env, poems, idioms, reference, reward_model):
     result["examples"] = answers[:3 * cfg.n_each:cfg.n_each]
     documents = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, ids in zip(prompts, new)]
     if reward_model is not None:
-        result["reward"] = sum(score(reward_model, documents, pad_id, cfg, env)) / len(documents)
+        result["reward"] = sum(scores_of(reward_model, documents, pad_id, env)) / len(documents)
     if reference is not None:
-        ours, theirs = (answer_logps(m, documents, pad_id, cfg, env, cfg.temperature) for m in (model, reference))
+        ours, theirs = (logps_of(m, documents, pad_id, env, cfg.temperature) for m in (model, reference))
         result["kl"] = sum(a - b for a, b in zip(ours, theirs)) / len(ours)
     return result
 

@@ -160,11 +160,15 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if T == 1:  # decoding: the query heads that share a key head stand as its T queries, so nothing is copied
-            y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask).view(B, 1, H * D)
-            return self.out(y)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
-        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+        if x.device.type == "cpu":  # there, bf16 attention is three times slower than fp32, above all its backward pass
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
+            if T == 1:  # decoding: the query heads that share a key head stand as its T queries, so nothing is copied
+                y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask).view(B, 1, H * D)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
+                y = y.transpose(1, 2).reshape(B, T, H * D)
+        return self.out(y)
 
 
 class FeedForward(nn.Module):
@@ -300,18 +304,18 @@ class Transformer(nn.Module):
             weights = weights / weights.sum().clamp(min=1)
         return chunked_cross_entropy(x.view(-1, x.size(-1)), self.head_weight, targets.reshape(-1), weights.reshape(-1))
 
-    def logps(self, ids, targets, temperature=1.0, docs=None):
-        """Return log p(targets | ids) and the entropy of that distribution, each (B, T) in fp32, with gradients.
+    def logps(self, ids, targets, mask, temperature=1.0, docs=None):
+        """Return log p(targets | ids), (B, T) in fp32, with gradients, where mask (B, T) is 1, and 0 elsewhere.
 
         The logits are made chunk by chunk and made again in the backward pass, so they never exist at once.
         """
-        x, flat = self.hidden(ids, docs), targets.reshape(-1)
-        x = x.reshape(-1, x.size(-1))
+        wanted = mask > 0
+        x, chosen = self.hidden(ids, docs)[wanted], targets[wanted]                # (N, C), (N)
         size = chunk_size(self.config.vocab_size)
-        parts = [checkpoint(token_logps, x[i:i + size], self.head_weight, flat[i:i + size], temperature,
+        parts = [checkpoint(token_logps, x[i:i + size], self.head_weight, chosen[i:i + size], temperature,
                             use_reentrant=False) for i in range(0, len(x), size)]
-        logps, entropy = (torch.cat(part).view(targets.shape) for part in zip(*parts))
-        return logps, entropy
+        logps = torch.zeros(targets.shape, device=x.device)
+        return logps.masked_scatter(wanted, torch.cat(parts)) if parts else logps
 
     def update_router_bias(self, rate, all_reduce=None):
         """After an optimizer step: raise the bias of experts that got too few tokens, lower that of the others."""
@@ -419,11 +423,9 @@ def chunk_size(vocab_size):
 
 
 def token_logps(x, weight, targets, temperature=1.0):
-    """x (N, C), weight (V, C), targets (N) -> log-prob of each target and entropy of its distribution, (N) each."""
+    """x (N, C), weight (V, C), targets (N) -> log-prob of each target, (N)."""
     logits = F.linear(x, weight).float() / temperature
-    logps = F.log_softmax(logits, dim=-1)
-    entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
-    return logps.gather(1, targets.clamp(min=0)[:, None]).squeeze(1), entropy
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 from common import (all_sum, average_gradients, catch_signals, collate, load_checkpoint, log, lr_at, make_optimizers,
-                    micro_steps, model_from, open_data, optimizer_step, peak_memory, resume, save_checkpoint, set_lr,
-                    shuffled, start)
+                    micro_steps, model_from, open_data, optimizer_step, peak_memory, resume, save_checkpoint,
+                    score_answers, set_lr, shuffled, start)
 from configurator import load_config
 from model import ScalarModel
 from tokenizer import load_tokenizer
@@ -196,19 +196,14 @@ def function_scorer(function, tokenizer):
 
 
 def model_scorer(reward_model, pad_id, cfg, env):
-    """Turn a reward model into a scorer: the score is read at an answer's last token."""
+    """Turn a reward model into a scorer: documents [(ids, mask)] -> scores (B)."""
     def scorer(documents):
         reward_model.to(env.device)
-        scores = []
-        for i in range(0, len(documents), cfg.batch_size):
-            part = documents[i:i + cfg.batch_size]
-            ids, _, _ = collate([(ids + [pad_id], mask + [0]) for ids, mask in part], pad_id, env.device)
-            with torch.no_grad(), env.autocast():
-                all_scores = reward_model(ids)
-            scores += [all_scores[row, len(document) - 1].item() for row, (document, _) in enumerate(part)]
+        with torch.no_grad():
+            scores = score_answers(reward_model, collate(documents, pad_id, env.device), env)
         if cfg.offload:
             reward_model.cpu()
-        return torch.tensor(scores)
+        return scores
     return scorer
 
 
@@ -246,11 +241,11 @@ def collect(actor, reference, critic, scorer, prompts, stop_ids, pad_id, cfg, st
     parts = []
     with torch.no_grad(), env.autocast():                                                     # (3) log-probs, values
         for i in range(0, len(ids), cfg.batch_size):
-            x, y = ids[i:i + cfg.batch_size], targets[i:i + cfg.batch_size]
-            parts.append((actor.logps(x, y, cfg.temperature)[0], reference.logps(x, y, cfg.temperature)[0],
-                          critic(x) if critic else torch.zeros_like(mask[i:i + cfg.batch_size])))
+            x, y, m = (tensor[i:i + cfg.batch_size] for tensor in (ids, targets, mask))
+            parts.append((actor.logps(x, y, m, cfg.temperature), reference.logps(x, y, m, cfg.temperature),
+                          critic(x) * m if critic else torch.zeros_like(m)))
     for name, tensors in zip(("logps", "ref_logps", "values"), zip(*parts)):
-        batch[name] = torch.cat(tensors) * mask
+        batch[name] = torch.cat(tensors)
     if cfg.offload:
         reference.cpu()
     scores = batch["score"] - (cfg.no_eos_penalty * (1 - ended) if stop_ids else 0)
@@ -283,11 +278,11 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
         mine = torch.isin(batch["row"], order[m::cfg.minibatches].to(env.device)).nonzero().squeeze(1)
         # average_gradients divides by the processes: make each loss its share of the global mean, times the processes
         per_token = env.world / max(1.0, all_sum([batch["mask"][mine].sum()], env)[0])
-        sums = dict.fromkeys(("policy_loss", "value_loss", "ptx_loss", "entropy", "step_kl", "clip_share"), 0.0)
+        sums = dict.fromkeys(("policy_loss", "value_loss", "ptx_loss", "step_kl", "clip_share"), 0.0)
         for rows in mine.split(cfg.batch_size):
             b = {name: tensor[rows] for name, tensor in batch.items()}
             with env.autocast():
-                logps, entropy = actor.logps(b["ids"], b["targets"], cfg.temperature)
+                logps = actor.logps(b["ids"], b["targets"], b["mask"], cfg.temperature)
                 loss, ratio, clipped = policy_loss(logps, b["logps"], b["advantages"], b["mask"], cfg.clip)
                 sums["policy_loss"] += loss.item() * per_token
                 if cfg.advantage == "grpo":
@@ -299,7 +294,6 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
                     loss = value_loss(critic(b["ids"]), b["values"], b["returns"], b["mask"], cfg.value_clip)
                 (loss * per_token).backward()
                 sums["value_loss"] += loss.item() * per_token
-            sums["entropy"] += (entropy * b["mask"]).sum().item() * per_token
             sums["step_kl"] += (k3(b["logps"], logps.detach()) * b["mask"]).sum().item() * per_token
             sums["clip_share"] += clipped.item() * per_token
             if epoch == m == 0:
@@ -332,15 +326,17 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
 
 def summary(batch, env):
     """Return means over the answers of all processes (score, KL from the reference in nats an answer, length, share
-    that ended), and how much of the returns' variance the critic explains."""
+    that ended), entropy (nats a token, estimated by -log p of what was sampled), and how much of the returns' variance
+    the critic explains."""
     log_ratio, mask = batch["logps"] - batch["ref_logps"], batch["mask"]
     rows = {"score": batch["score"], "kl": (log_ratio * mask).sum(1),
             "kl_k3": (k3(batch["logps"], batch["ref_logps"]) * mask).sum(1),
-            "length": mask.sum(1), "eos_share": batch["ended"]}
+            "length": mask.sum(1), "eos_share": batch["ended"], "entropy": -batch["logps"].sum(1)}
     if "watched" in batch:
         rows["watched"] = batch["watched"]
     n, *sums = all_sum([len(mask)] + [values.sum() for values in rows.values()], env)
     means = {name: total / n for name, total in zip(rows, sums)}
+    means["entropy"] /= max(means["length"], 1e-8)
     if "returns" in batch:
         error = (batch["returns"] - batch["values"]) * mask
         n, r, r2, e, e2 = all_sum([x.sum() for x in (mask, batch["returns"], batch["returns"] ** 2, error, error ** 2)],

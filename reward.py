@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from common import (all_sum, average_gradients, catch_signals, collate, load_model, log, lr_at, make_optimizers,
-                    micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume, save_checkpoint, set_lr,
-                    shuffled, start)
+                    micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume, save_checkpoint,
+                    score_answers, set_lr, shuffled, start)
 from configurator import load_config
 from model import ScalarModel
 
@@ -66,23 +66,9 @@ class Config:
 
 
 def get_batch(split, bounds, prompts, pad_id, env):
-    """All completions of some prompts: ids (R, T), the place of each answer's last token (R), completions a prompt."""
+    """All completions of some prompts: (ids, targets, mask), each (R, T), and the number of completions of each."""
     rows = [range(bounds[p], bounds[p + 1]) for p in prompts]
-    ids, targets, mask = collate([split.document(i) for row in rows for i in row], pad_id, env.device)
-    ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
-    ends = (mask * torch.arange(1, ids.size(1), device=mask.device)).amax(dim=1).long()
-    return ids, ends, [len(row) for row in rows]
-
-
-def score(model, ids, ends, env):
-    """Return the score of each row (R). What stands behind a row's end cannot change it: attention is causal."""
-    scores = torch.zeros(len(ids), device=env.device)
-    size = max(8, 2048 // ids.size(1))
-    for rows in ends.argsort(stable=True).split(size):  # rows of like length together: less padding is computed
-        with env.autocast():
-            part = model(ids[rows, :ends[rows].max() + 1])                         # (size, T)
-        scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
-    return scores
+    return collate([split.document(i) for row in rows for i in row], pad_id, env.device), [len(row) for row in rows]
 
 
 def ranked_pairs(sizes, device="cpu"):
@@ -133,8 +119,8 @@ def evaluate(model, split, bounds, prompts, cfg, pad_id, env):
     sums, table = torch.zeros(2, device=env.device), torch.zeros(2, 2, longest, device=env.device)
     with no_grad_eval(model):
         for i in range(env.rank * cfg.batch_size, len(prompts), env.world * cfg.batch_size):
-            ids, ends, sizes = get_batch(split, bounds, prompts[i:i + cfg.batch_size], pad_id, env)
-            scores = score(model, ids, ends, env)
+            batch, sizes = get_batch(split, bounds, prompts[i:i + cfg.batch_size], pad_id, env)
+            scores = score_answers(model, batch, env)
             best = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
             sums += torch.stack([ranking_loss(scores, sizes, cfg.margin, cfg.centre).sum(), scores[best].sum()])
             table += count_right(scores, sizes, longest)
@@ -193,14 +179,14 @@ def main(cfg):
         loss, sums = torch.zeros((), device=env.device), torch.zeros(4, device=env.device)
         for i in micro:
             prompts = shuffled(n_prompts, (step * cfg.grad_accum + i) * cfg.batch_size, cfg.batch_size, cfg.seed)
-            ids, ends, sizes = get_batch(train, bounds, prompts, pad_id, env)
-            scores = score(model, ids, ends, env)
+            batch, sizes = get_batch(train, bounds, prompts, pad_id, env)
+            scores = score_answers(model, batch, env)
             micro_loss = ranking_loss(scores, sizes, cfg.margin, cfg.centre).mean()
             scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
             chosen, rejected, _ = ranked_pairs(sizes, env.device)
             gap = (scores[chosen] - scores[rejected]).detach()
-            sums += torch.stack([(gap > 0).sum(), gap.sum(), torch.ones_like(gap).sum(), (ends + 1).sum()])
+            sums += torch.stack([(gap > 0).sum(), gap.sum(), torch.ones_like(gap).sum(), (batch[0] != pad_id).sum()])
         average_gradients(model, env)
         loss, right, gap, pairs, tokens, stop = all_sum([loss, *sums, float(bool(caught))], env)
         if not math.isfinite(loss):

@@ -1,5 +1,5 @@
 """
-Compare settings of pretrain.py by runs of equal time: each is timed for 20 steps, then run for as many as fit.
+Compare settings of pretrain.py by runs of equal time: each is timed for 40 steps, then run for as many as fit.
 
     python runs/equal_time.py config/poems.py 120 "--lr=3e-3" "--lr=6e-3" "--dim=256 --n_heads=8"
 """
@@ -22,8 +22,8 @@ def main(config, seconds, *settings):
     print(f"{'settings':<60} {'steps':>6} {'tokens/s':>9} {'val bits/byte':>14}")
     for words in settings:
         with tempfile.TemporaryDirectory() as out:
-            short = run(config, words.split(), 20, os.path.join(out, "short"))
-            seconds_a_step = sorted(record["seconds"] for record in short)[10]
+            short = run(config, words.split(), 40, os.path.join(out, "short"))
+            seconds_a_step = sorted(record["seconds"] for record in short)[20]
             log = run(config, words.split(), int(float(seconds) / seconds_a_step), os.path.join(out, "long"))
         rate = sorted(r["tok/s"] for r in log)[len(log) // 2]
         print(f"{words:<60} {len(log):>6} {rate:>9,.0f} {log[-1]['val_bits_per_byte']:>14.4f}", flush=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import dpo
-from common import Env, collate, load_checkpoint, load_model, open_data
+from common import Env, answer_logps, collate, load_checkpoint, load_model, open_data
 from oracles import random_model, twin
 from pairs import (assert_same, completions, make_run, one_thread, place, read_log, run_in_two,  # noqa: F401
                    run_with_a_break, write_pairs)
@@ -96,7 +96,7 @@ def test_answer_logps_equal_a_loop_over_tokens(place):
     train, _, _ = open_data(f"{root}/data", "pairs")
     model, _, _ = load_model(f"{root}/base")
     documents = [train.document(i) for i in (0, 3, 5)]
-    logps, lengths = dpo.answer_logps(model, collate(documents, tok.pad_id), CPU)
+    logps, lengths = answer_logps(model, collate(documents, tok.pad_id), CPU)
     for i, (ids, mask) in enumerate(documents):
         table = F.log_softmax(model(torch.tensor(ids)[None])[0], dim=-1)
         learned = [t for t in range(len(ids)) if mask[t]]
@@ -152,7 +152,7 @@ def test_equals_trls_trainer(word_tokenizer, tmp_path, loss):
     cfg = dpo.Config(loss=loss, beta=0.05 if loss != "ipo" else 0.3, label_smoothing=0.2)
     batch = collate(documents, 0)
     with torch.no_grad():
-        ref_logps, _ = dpo.answer_logps(reference, batch, CPU)
+        ref_logps, _ = answer_logps(reference, batch, CPU)
     ours, _ = dpo.batch_loss(policy, batch, [2] * len(rows), ref_logps, cfg, CPU)
     options = dict(beta=cfg.beta, loss_type=["ipo" if loss == "ipo" else "sigmoid"])
     theirs, embed = trl_loss(rows, policy, reference, word_tokenizer, tmp_path, **options)

@@ -8,7 +8,7 @@ import torch
 
 import evaluate
 from common import Env
-from evaluate import Config, answer_logps, cell, evaluate_run, idiom_choice, reward_accuracy, score, share, wilson
+from evaluate import Config, cell, evaluate_run, idiom_choice, logps_of, reward_accuracy, scores_of, share, wilson
 from model import ModelConfig, ScalarModel, Transformer
 from pairs import make_run, one_thread, write_pairs  # noqa: F401
 from plot import read
@@ -54,7 +54,7 @@ def test_answer_logps_is_the_direct_sum():
         for ids, mask in DOCUMENTS:
             logps = (model(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
             wanted.append(sum(logps[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]))
-        got = answer_logps(model, DOCUMENTS, 2, Config(batch_size=2), CPU, temperature)
+        got = logps_of(model, DOCUMENTS, 2, CPU, temperature)
         assert got == pytest.approx(wanted, abs=1e-4)
 
 
@@ -62,7 +62,7 @@ def test_score_reads_the_last_learned_token():
     torch.manual_seed(0)
     model, last = ScalarModel(ModelConfig(**SMALL)).eval(), [3, 5, 1, 3, 1]
     rows = [model(torch.tensor([ids]))[0] for ids, _ in DOCUMENTS]
-    got = score(model, DOCUMENTS, 2, Config(batch_size=2), CPU)
+    got = scores_of(model, DOCUMENTS, 2, CPU)
     assert got == pytest.approx([row[t].item() for row, t in zip(rows, last)], abs=1e-5)
     assert min(abs(a - row[t - 1].item()) for a, row, t in zip(got, rows, last)) > 1e-3  # the token before is another
 
@@ -74,11 +74,11 @@ class Reader:
         self.tok, self.idioms, self.value = tok, idioms, value
         self.config = types.SimpleNamespace(max_seq_len=96)
 
-    def logps(self, ids, targets, temperature):
+    def logps(self, ids, targets, mask, temperature):
         texts = [self.tok.decode(row) for row in torch.cat([ids[:, :1], targets], 1).tolist()]
         rows = [max((self.value(i, i["word"] in text) for i in self.idioms if i["explanation"] in text), default=-3.0)
                 for text in texts]
-        return torch.tensor(rows)[:, None].expand(targets.shape), None
+        return torch.tensor(rows)[:, None] * mask
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -222,21 +222,22 @@ def test_loss_of_extreme_logits_is_finite():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_and_entropy(small_chunks, temperature):
+def test_logps(small_chunks, temperature):
     model = random_model("dots1", 3)
     ids, targets = torch.randint(0, V, (2, 13)), torch.randint(0, V, (2, 13))
-    advantage = torch.randn(2, 13)
+    advantage, mask = torch.randn(2, 13), torch.rand(2, 13) < 0.6
 
     full = F.log_softmax(model(ids) / temperature, dim=-1)
     wanted = full.gather(2, targets[:, :, None]).squeeze(2)
+    wanted = wanted * mask
     (wanted * advantage).sum().backward()
     wanted_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    logps, entropy = model.logps(ids, targets, temperature)
+    logps = model.logps(ids, targets, mask, temperature)
     (logps * advantage).sum().backward()
-    assert logps.shape == entropy.shape == (2, 13) and logps.dtype == entropy.dtype == torch.float32
+    assert logps.shape == (2, 13) and logps.dtype == torch.float32
     assert largest(logps - wanted) < 1e-5
-    assert largest(entropy - torch.distributions.Categorical(logits=full).entropy()) < 1e-5
+    assert model.logps(ids, targets, torch.zeros(2, 13)).tolist() == [[0.0] * 13] * 2
     for name, p in model.named_parameters():
         assert largest(p.grad - wanted_grads[name]) < 2e-5, name
 
@@ -244,10 +245,8 @@ def test_logps_and_entropy(small_chunks, temperature):
 def test_token_logps_by_hand():
     """Logits ln 1, ln 2, ln 5 at temperature 1: probabilities 1/8, 2/8, 5/8."""
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    logps, entropy = token_logps(torch.ones(2, 1), weight, torch.tensor([1, -1]))
-    assert logps[0].item() == pytest.approx(math.log(1 / 4))
-    p = [1 / 8, 2 / 8, 5 / 8]
-    assert entropy.tolist() == pytest.approx([-sum(q * math.log(q) for q in p)] * 2)
+    logps = token_logps(torch.ones(2, 1), weight, torch.tensor([1, 2]))
+    assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(5 / 8)])
 
 
 class Largest(TorchDispatchMode):
@@ -266,7 +265,7 @@ def test_the_logits_never_exist_at_once(small_chunks):
     """Forward and backward of the loss and of logps make no tensor of rows * vocabulary elements."""
     model = random_model("llama_gqa", vocab_size=1000)
     ids, targets = torch.randint(0, V, (4, T)), torch.randint(0, V, (4, T))
-    for run in (lambda: model(ids, targets), lambda: model.logps(ids, targets)[0].sum()):
+    for run in (lambda: model(ids, targets), lambda: model.logps(ids, targets, torch.ones(4, T)).sum()):
         with Largest() as largest_tensor:
             run().backward()
         assert largest_tensor.elements == 1000 * C, "the largest should be the head's gradient, not logits"
@@ -345,7 +344,7 @@ def test_packed_loss_and_logps():
     with torch.no_grad():
         wanted = (8 * model(a[:, :-1], a[:, 1:]) + 5 * model(b[:, :-1], b[:, 1:])) / 13
         assert model(ids, targets, docs=docs).item() == pytest.approx(wanted.item(), rel=1e-5)
-        logps, _ = model.logps(ids, targets, docs=docs)
+        logps = model.logps(ids, targets, torch.ones(1, 13), docs=docs)
         assert -logps.mean().item() == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -172,7 +172,7 @@ def test_first_ratio_is_one_and_generation_agrees():
     batch, _, _ = ppo.collect(actor, reference, critic, count_small, {0: prompts}, [15], 0, cfg, 0, 0.5, ENV)
     documents = ppo.rollout(actor, prompts, [15], 0, cfg, 0, ENV)
     ids, targets, mask = ppo.collate(documents, 0)
-    trained, _ = actor.logps(ids, targets, 0.8)
+    trained = actor.logps(ids, targets, mask, 0.8)
     for row, generated in enumerate(logps):
         assert documents[row][0] == prompts[row] + answers[row]
         assert torch.allclose(trained[row][mask[row].bool()], torch.tensor(generated), atol=1e-4)

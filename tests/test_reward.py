@@ -102,9 +102,11 @@ def test_score_is_read_at_the_end_of_the_answer():
     documents = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 0]), ([5, 6, 7], [0, 1, 1]), ([3, 4], [0, 1])]
     split = Split(np.concatenate([d for d, _ in documents]), np.concatenate([m for _, m in documents]),
                   np.array([0, 5, 8, 10]), np.array([0, 0, 0]), {})
-    ids, ends, sizes = reward.get_batch(split, common.prompt_bounds(split), [0], 1, CPU)
-    assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 1, 1], [3, 4, 1, 1, 1]] and sizes == [3]
-    assert ends.tolist() == [3, 2, 1]
+    (ids, targets, _), sizes = batch = reward.get_batch(split, common.prompt_bounds(split), [0], 1, CPU)
+    assert ids.tolist() == [[5, 6, 7, 8], [5, 6, 7, 1], [3, 4, 1, 1]] and targets[0].tolist() == [6, 7, 8, 9]
+    assert sizes == [3]
+    places = lambda ids, docs=None: torch.arange(ids.size(1)).float().expand(ids.shape)  # noqa: E731
+    assert common.score_answers(places, batch[0], CPU).tolist() == [3, 2, 1]
 
 
 def test_padding_and_neighbours_do_not_touch_a_score(place):
@@ -113,10 +115,13 @@ def test_padding_and_neighbours_do_not_touch_a_score(place):
     model = ScalarModel(random_model("qwen3", vocab_size=448, max_seq_len=96).config).eval()
     bounds = common.prompt_bounds(train)
     assert np.diff(bounds).tolist() == [(2, 4, 3, 2)[i % 4] for i in range(28)]
-    ids, ends, _ = reward.get_batch(train, bounds, range(6), tok.pad_id, CPU)
-    assert len(set(ends.tolist())) > 3 and all(ids[i, e] == tok.im_end_id for i, e in enumerate(ends))
-    together = reward.score(model, ids, ends, CPU)
-    alone = torch.stack([model(ids[i:i + 1, :e + 1])[0, -1] for i, e in enumerate(ends)])
+    batch, _ = reward.get_batch(train, bounds, range(6), tok.pad_id, CPU)
+    ids, targets, mask = batch
+    ends = [max(t for t, m in enumerate(row.tolist()) if m) for row in mask]
+    assert len(set(ends)) > 3 and all(targets[i, e] == tok.im_end_id for i, e in enumerate(ends))
+    together = common.score_answers(model, batch, CPU)
+    alone = torch.stack([model(torch.cat([ids[i:i + 1, :1], targets[i:i + 1, :e + 1]], 1))[0, -1]
+                         for i, e in enumerate(ends)])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -136,7 +141,8 @@ def test_scores_equal_transformers_sequence_classifier():
     ids[torch.arange(12) > ends[:, None]] = 0
     with torch.no_grad():
         logits = theirs(input_ids=ids, attention_mask=(ids > 0).long()).logits[:, 0]
-        assert torch.allclose(reward.score(ours, ids, ends, CPU), logits, atol=1e-5)
+        mask = torch.zeros(3, 11).scatter_(1, ends[:, None] - 1, 1.0)
+        assert torch.allclose(common.score_answers(ours, (ids[:, :-1], ids[:, 1:], mask), CPU), logits, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- the loop
