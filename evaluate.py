@@ -28,7 +28,7 @@ from common import (answer_logps, collate, load_checkpoint, load_model, model_fr
                     score_answers, start)
 from configurator import load_config
 from model import ScalarModel
-from poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
+from recipes.poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
 from pretrain import evaluate as validation_loss
 from tokenizer import load_tokenizer, render_chat
 

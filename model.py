@@ -160,9 +160,9 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if x.device.type == "cpu":  # there, bf16 attention is three times slower than fp32, above all its backward pass
+        if x.device.type == "cpu":  # there, attention is three times as fast in fp32 as in bf16, forward and backward
             q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
+        with torch.autocast("cpu", enabled=False):
             if T == 1:  # decoding: the query heads that share a key head stand as its T queries, so nothing is copied
                 y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask).view(B, 1, H * D)
             else:

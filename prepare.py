@@ -1,7 +1,7 @@
 """
 Raw files, or a named recipe, to a folder of tokens that the stages open with memmap.
 
-    python prepare.py poems                                            # a recipe of poems.py
+    python prepare.py poems                                            # a recipe of recipes/poems.py
     python prepare.py my_data --input=corpus/                          # pretraining text, trains a tokenizer
     python prepare.py my_sft --input=chat.jsonl --kind=sft --tokenizer=data/my_data
     python prepare.py my_sft --show=5                                  # look at a folder: learned tokens are green
@@ -444,7 +444,7 @@ def main(cfg):
         return
     also = ()
     if not cfg.input:
-        from poems import RECIPES  # only here, as it needs more packages
+        from recipes.poems import RECIPES  # only here, as it needs more packages
         if cfg.name not in RECIPES:
             raise ValueError(f"no --input given, and no recipe is named {cfg.name!r} (but {', '.join(RECIPES)}). "
                              f"Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")

@@ -6,13 +6,13 @@ init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
 
 batch_size = 32            # about 75 answers, 4,700 tokens
-max_steps = 200
+max_steps = 400
 lr = 6e-4
 min_lr = 3e-5
 warmup_steps = 20
 
-eval_every = 100
+eval_every = 200
 eval_prompts = 600
 shift_prompts = 600
-save_every = 100
+save_every = 200
 log_every = 10

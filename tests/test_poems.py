@@ -1,4 +1,4 @@
-"""poems.py: verse by hand-made examples, the recipes on small archives built here, held-out items on the real ones."""
+"""recipes/poems.py: verse by examples, the recipes on small archives built here, held-out items on the real ones."""
 import hashlib
 import io
 import json
@@ -9,10 +9,11 @@ import zipfile
 
 import pytest
 
-import poems
+from conftest import ROOT
+from recipes import poems
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
-REAL = os.path.join(os.path.dirname(os.path.abspath(poems.__file__)), "data", "raw")
+REAL = os.path.join(ROOT, "data", "raw")
 
 
 # ---------------------------------------------------------------- verse
