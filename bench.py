@@ -173,11 +173,9 @@ def generate(model, theirs, cfg, env):
         print(f"{name:<13} {rates['mingyue']:<26} {rates.get('transformers', '-'):<26} {ratio}", flush=True)
 
 
-def rollouts(cfg, env):
+def rollouts(model, tokenizer, theirs, cfg, env):
     """Print answer tokens a second of ppo.py's rollout, prompts of different lengths and answers that end by themselves,
     beside transformers with the same weights. Answers differ from turn to turn, so rates are compared, not seconds."""
-    model, tokenizer, _ = load_model(cfg.run, env.device)
-    theirs = load_transformers(model, cfg)
     prompts = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)[0]
     prompts = [prompts.document(i)[0].tolist() for i in range(int(cfg.batches.split(",")[-1]))]
     stop_ids, pad_id, counts = [tokenizer.im_end_id, tokenizer.eot_id], tokenizer.pad_id, {}
@@ -222,16 +220,21 @@ def main(cfg):
     if cfg.what not in ("train", "generate", "rollout"):
         raise SystemExit(f"error: what={cfg.what!r}, known are train, generate and rollout")
     env = start(cfg)
-    if cfg.what == "rollout":
-        return rollouts(cfg, env)
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    model = Transformer(ModelConfig(
-        max_seq_len=max(cfg.seq_len, 2 * cfg.prompt_len + cfg.new_tokens),
-        **{k: v for k, v in dataclasses.asdict(cfg).items() if k in names})).to(env.device)
     device = torch.cuda.get_device_name() if env.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    tokenizer = None
+    if cfg.what == "rollout":
+        model, tokenizer, _ = load_model(cfg.run, env.device)
+    else:
+        names = {f.name for f in dataclasses.fields(ModelConfig)}
+        model = Transformer(ModelConfig(
+            max_seq_len=max(cfg.seq_len, 2 * cfg.prompt_len + cfg.new_tokens),
+            **{k: v for k, v in dataclasses.asdict(cfg).items() if k in names})).to(env.device)
     print(f"{cfg.what}: {model.count()[0]:,} parameters, torch {torch.__version__} on {device}")
     theirs = load_transformers(model, cfg)
-    (train if cfg.what == "train" else generate)(model, theirs, cfg, env)
+    if cfg.what == "rollout":
+        rollouts(model, tokenizer, theirs, cfg, env)
+    else:
+        (train if cfg.what == "train" else generate)(model, theirs, cfg, env)
     print(f"peak memory of all this: {peak_memory(env) / 2**20:,.0f} MiB")
 
 

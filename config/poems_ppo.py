@@ -9,7 +9,7 @@ watch = "rewards.py:quatrain"
 
 batch_size = 64
 max_new_tokens = 96
-max_steps = 45
+max_steps = 32
 ppo_epochs = 2
 minibatches = 2
 kl_coef = 0.1
@@ -18,5 +18,5 @@ min_lr = 3e-5
 critic_lr = 3e-4
 warmup_steps = 5
 critic_warmup = 2
-eval_every = 15
-save_every = 15
+eval_every = 16
+save_every = 16

@@ -1,4 +1,4 @@
-# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 9,000 prompts.
+# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 9,300 prompts.
 #   python prepare.py poems-pairs
 #   python reward.py config/poems_reward.py      (2 cores: 4 minutes)
 data_dir = "data/poems-pairs"

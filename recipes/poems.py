@@ -628,9 +628,9 @@ def build_pairs(corpus, raw_dir, options):
         with open(path, encoding="utf-8") as f:
             samples = {r["prompt"]: r["response"].strip() for r in map(json.loads, f)}
     rng = random.Random(2)
-    lists = [*poem_lists("train", regular(corpus.poems), 3_000, samples, corpus, rng),
+    lists = [*poem_lists("train", regular(corpus.poems), 5_000, samples, corpus, rng),
              *poem_lists("val", corpus.held_poems, 300, samples, corpus, rng)]
-    idioms = [*idiom_pairs("train", corpus.idioms, rng, 6_000), *idiom_pairs("val", corpus.held_idioms, rng, 300)]
+    idioms = [*idiom_pairs("train", corpus.idioms, rng, 4_000), *idiom_pairs("val", corpus.held_idioms, rng, 300)]
     prompts = ({"prompt": r["prompt"], "split": r["split"]} for r in lists)
     write_folder(os.path.join(raw_dir, "poems-pairs-ask"), {"prompts": prompts})
     own = sum(len(r["ranks"]) == 4 for r in lists)
