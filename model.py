@@ -60,8 +60,8 @@ class ModelConfig:
 
 
 def rope_table(config):
-    """Return cos and sin, each (max_seq_len, D): angle = position * theta^(-2i/D) (RoFormer, eq. 15), for each pair's two
-    channels; the first one's sin is negated."""
+    """Return cos and sin, each (max_seq_len, D): angle = position * theta^(-2i/D) (RoFormer, eq. 15), for both channels
+    of a pair; the first one's sin is negated."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     angle = torch.outer(torch.arange(config.max_seq_len).float(), freq)
     return torch.cat([angle.cos(), angle.cos()], dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
@@ -348,8 +348,8 @@ class Transformer(nn.Module):
 
         A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
         repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i, so
-        what it says does not depend on the rest of the batch. on_token(step, ids) sees each step's tokens, a list of B ids
-        (None in rows that have ended). return_logps adds each new token's log-prob at this temperature, unfiltered.
+        what it says does not depend on the rest of the batch. on_token(step, ids) sees each step's tokens, a list of B
+        ids (None in rows that have ended). return_logps adds each new token's log-prob at this temperature, unfiltered.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and one token in each; start an empty one with EOS")

@@ -1,8 +1,8 @@
 # The quickstart's base model: 3 M parameters, 3.0 M of 12.3 M tokens of poems, idioms, a novel and riddles.
 #   python prepare.py poems && python pretrain.py config/poems.py
 # 2 cores of an AMD EPYC (Zen 4, products in bf16): TIME, held-out BPB bits a byte, recites 静夜思 (2026-11-25).
-# Runs of equal time (runs/equal_time.py, 70 s each), held-out bits a byte: cosine 2.521, wsd 2.511, wsd at lr 5e-3 2.518,
-# Muon with wsd 2.513: it needs a quarter fewer steps, which cost that much more, and on CPUs without fast bf16 it crawls.
+# Runs of equal time (runs/equal_time.py, 70 s each), held-out bits a byte: cosine 2.521, wsd 2.511, wsd at lr 5e-3
+# 2.518, Muon with wsd 2.513: its steps are a quarter fewer and cost that much more; without fast bf16 it crawls.
 # Before (2026-11-22, 110 s, longer tokens): 8 rows a step 2.670 against 2.688 with 16, dim 128 2.641 against 2.688 with
 # 192, which was kept for the later stages.
 data_dir = "data/poems"
