@@ -335,6 +335,24 @@ def test_errors_and_edges(model):
     assert [len(row) for row in model.generate(PROMPTS, 1)] == [1] * 4
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2]], [[1, 2], [3]]])
+def test_packed_weights_last_as_long_as_generate(prompts):
+    """A copy of the weights that outlived its call would answer for a model that has been trained on since."""
+    model = random_model("qwen2")
+
+    def stop(step, ids):
+        assert model.blocks[0].attn.qkv.packed is not None, "on a CPU, generate() packs the weights"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompts, 4, on_token=stop)
+    assert all(getattr(module, "packed", None) is None for module in model.modules())
+    before = model.generate(prompts, 8, temperature=0)
+    with torch.no_grad():
+        model.blocks[0].ffn.down.weight.mul_(-30)
+    assert model.generate(prompts, 8, temperature=0) != before
+
+
 def test_training_goes_on_after_generating():
     """generate() runs in inference mode; no tensor of that kind may stay behind in the model."""
     model = random_model("dots1").train()
