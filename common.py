@@ -240,10 +240,16 @@ def collate(documents, pad_id, device="cpu"):
 # ---------------------------------------------------------------------------- answers
 
 
-def like_lengths(ends, width):
-    """Split rows (R), of which only the first `ends` (R) tokens count, into groups of like length: less padding to
-    compute, and about 2,048 tokens at a time."""
-    return ends.argsort(stable=True).split(max(8, 2048 // width))
+def like_lengths(ends, most=4096):
+    """Split rows (R), of which only the first `ends` (R) tokens count, into groups of like length, so that little
+    padding is computed: at most `most` tokens a group, padding included, and at least one row."""
+    order = ends.argsort(stable=True)
+    sizes = [0]
+    for length in ends[order].tolist():
+        if sizes[-1] and (sizes[-1] + 1) * length > most:
+            sizes.append(0)
+        sizes[-1] += 1
+    return order.split(sizes)
 
 
 def answer_logps(model, batch, env, temperature=1.0):
@@ -254,7 +260,7 @@ def answer_logps(model, batch, env, temperature=1.0):
     ids, targets, mask = batch
     ends = (mask * torch.arange(1, ids.size(1) + 1, device=mask.device)).amax(dim=1).long()
     sums = torch.zeros(len(ids), device=ids.device)
-    for rows in like_lengths(ends, ids.size(1)):
+    for rows in like_lengths(ends):
         T = ends[rows].max()
         with env.autocast():
             logps = model.logps(ids[rows, :T], targets[rows, :T], mask[rows, :T], temperature)  # (rows, T)
@@ -271,7 +277,7 @@ def score_answers(model, batch, env):
     ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
     ends = (mask * torch.arange(1, ids.size(1), device=mask.device)).amax(dim=1).long()
     scores = torch.zeros(len(ids), device=ids.device)
-    for rows in like_lengths(ends, ids.size(1)):
+    for rows in like_lengths(ends):
         with env.autocast():
             part = model(ids[rows, :ends[rows].max() + 1])                         # (rows, T)
         scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
