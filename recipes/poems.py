@@ -592,11 +592,14 @@ def spoil(rng, poem, poems, how):
 
 def poem_lists(split, poems, count, samples, corpus, rng):
     """Ranked answers to one request: the true poem > the model's own, where one is given > a spoiled poem > prose."""
+    hows = ("shuffled", "uneven", "repeated", "another form")
+    if split == "train":  # twice as many of what is hard to tell: good lines at the wrong place
+        hows += ("shuffled", "repeated")
     prose = [i["explanation"] for i in (corpus.idioms if split == "train" else corpus.held_idioms)]
     prose += [line[:80] for text in corpus.books for line in text.split("\n")[1:] if len(line) > 20]
     for n, p in enumerate(sample(rng, poems, count)):
         prompt = say(rng, WRITE, p)
-        spoiled = spoil(rng, p, poems, ("shuffled", "uneven", "repeated", "another form")[n % 4])
+        spoiled = spoil(rng, p, poems, hows[n % len(hows)])
         responses = [p["body"], samples.get(prompt), spoiled, rng.choice(prose)]
         if responses[1] is None or poem_form(responses[1]) != p["form"] or responses[1] == p["body"]:
             del responses[1]  # a sample of the wrong form is not better than a spoiled poem

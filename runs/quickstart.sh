@@ -25,7 +25,7 @@ prepare poems-prompts
 if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand between the real and the spoiled ones
     python prepare.py poems-pairs > /dev/null  # writes what to ask it
     python sample.py --chat=True --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
-        --temperature=1 --max_new_tokens=96 > data/raw/poems-pairs-samples.jsonl
+        --temperature=1 --max_new_tokens=96 --batch_size=256 > data/raw/poems-pairs-samples.jsonl
     rm -r data/poems-pairs
 fi
 prepare poems-pairs
