@@ -479,7 +479,7 @@ def log(cfg, env, step, record):
     for name, value in record.items():
         if name == "lr":
             value = f"{value:.2e}"
-        elif name in ("mfu",) or name.endswith("share"):
+        elif name == "mfu" or name.endswith("share"):
             value = f"{100 * value:.0f}%"
         elif name == "left":
             value = f"{int(value) // 3600}h{int(value) // 60 % 60:02d}m{int(value) % 60:02d}s"
@@ -516,15 +516,13 @@ def peak_flops(env):
     return 2 * 1536 ** 3 / best
 
 
+@contextlib.contextmanager
 def no_grad_eval(model):
     """Context: evaluation mode and no gradients, then back to training mode."""
-    @contextlib.contextmanager
-    def context():
-        model.eval()
-        with torch.no_grad():
-            yield
-        model.train()
-    return context()
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
 
 
 def peak_memory(env):

@@ -166,7 +166,7 @@ def test_compiled_equals_eager(settings, tmp_path):
 
 
 def test_batches(settings, data):
-    """A row's targets are its inputs moved by one; an epoch's rows do not overlap, and the next epoch cuts elsewhere."""
+    """A row's targets are its inputs moved by one; an epoch's rows do not overlap, and the next one cuts elsewhere."""
     cfg = settings(batch_size=3, grad_accum=4, seq_len=8)
     tokens = np.arange(8 * 31 + 1, dtype=np.uint16)  # 30 rows an epoch and 8 tokens of slack: a token tells its place
     split = Split(tokens, None, None, None, {})

@@ -156,7 +156,7 @@ def test_typed_special_tokens_are_text(base, capsys, monkeypatch):
     complete(model, tok, Config(start=text, chat=True), CPU)
     talk(model, tok, [text], monkeypatch, system=text)
     specials = [[i for i in ids if i in tok.special_names] for ids in model.prompts]
-    assert [len(s) for s in specials] == [1, 3, 5]  # <|endoftext|>; a start and an end a message, and the answer's start
+    assert [len(s) for s in specials] == [1, 3, 5]  # <|endoftext|>; two a message, and the answer's start
     assert capsys.readouterr().out == f"{text}月\n月\n月\n"
 
 
