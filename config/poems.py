@@ -8,14 +8,14 @@
 data_dir = "data/poems"
 out_dir = "out/poems"
 
-dim = 192
+dim = 128
 n_layers = 4
-n_heads = 6
+n_heads = 4
 max_seq_len = 512          # what chat will need; pretraining reads rows of 128
 seq_len = 128
 batch_size = 16            # 2,048 tokens a step: small batches learn more a minute here
 max_steps = 1_450
-lr = 3e-3
+lr = 4e-3
 min_lr = 3e-4
 warmup_steps = 50
 schedule = "wsd"

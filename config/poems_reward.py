@@ -7,7 +7,7 @@ out_dir = "out/poems-reward"
 
 batch_size = 32            # about 75 answers, 4,700 tokens
 max_steps = 400
-lr = 6e-4
+lr = 8e-4
 min_lr = 3e-5
 warmup_steps = 20
 
