@@ -299,10 +299,11 @@ class Transformer(nn.Module):
         x = self.hidden(ids, docs)
         if targets is None:
             return F.linear(x, self.head_weight)
-        if weights is None:
-            weights = (targets >= 0).float()
-            weights = weights / weights.sum().clamp(min=1)
-        return chunked_cross_entropy(x.view(-1, x.size(-1)), self.head_weight, targets.reshape(-1), weights.reshape(-1))
+        x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)                   # (N, C), (N)
+        if weights is not None:
+            return learned_cross_entropy(x, self.head_weight, targets, weights.reshape(-1))
+        weights = (targets >= 0).float()
+        return chunked_cross_entropy(x, self.head_weight, targets, weights / weights.sum().clamp(min=1))
 
     def logps(self, ids, targets, mask, temperature=1.0, docs=None):
         """Return log p(targets | ids), (B, T) in fp32, with gradients, where mask (B, T) is 1, and 0 elsewhere.
@@ -467,6 +468,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(x, weight, targets, weights):
     """x (N, C), weight (V, C), targets (N), weights (N) -> sum of weights * nll; weights of 0 ignore their target."""
     return ChunkedCrossEntropy.apply(x, weight, targets, weights.float(), torch.is_grad_enabled())
+
+
+@torch.compiler.disable  # how many targets are learned changes with every batch: each number would be compiled anew
+def learned_cross_entropy(x, weight, targets, weights):
+    """chunked_cross_entropy without the rows of weight 0: what need not be learned needs no logits."""
+    learned = weights != 0
+    return chunked_cross_entropy(x[learned], weight, targets[learned], weights[learned])
 
 
 # ---------------------------------------------------------------------------- sampling

@@ -219,6 +219,8 @@ def main(cfg):
     flops, peak = model.flops_per_token(lengths[used].mean()), peak_flops(env) if env.main else 0
     if cfg.lora_rank:  # a frozen weight takes part in two products a token, not three
         flops -= 2 * (model.count()[1] - trained)
+    # what is not learned needs no logits
+    flops -= (4 if cfg.lora_rank else 6) * model.head_weight.numel() * (1 - learned[used].sum() / lengths[used].sum())
     if env.main:
         print(f"{trained:,} of {model.count()[0]:,} parameters learn, {cfg.max_steps:,} steps of {rows_a_step} rows = "
               f"{cfg.max_steps * rows_a_step / rows_an_epoch:.2f} epochs of {cfg.data_dir}")
@@ -292,7 +294,7 @@ def main(cfg):
 
     if env.main:
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, best validation loss {best_val:.4f}, "
-              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --chat --out_dir={cfg.out_dir}")
+              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
