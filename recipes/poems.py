@@ -64,8 +64,7 @@ def need(module, package=None):
 
 def poem_lines(text):
     """Lines of a poem without punctuation: split at ，。！？；and line breaks; 、 stays inside a line."""
-    parts = re.split(r"[，。！？；,!?;\n]", text)
-    return [p for p in (re.sub(r"[^\w、]", "", part) for part in parts) if p]
+    return [line for line in re.split(r"[，。！？；,!?;\n]", re.sub(r"[^\w、，。！？；,!?;\n]", "", text)) if line]
 
 
 def poem_form(text):
@@ -321,7 +320,7 @@ def load(raw_dir="data/raw", options=None):
     words = [(w, tidy_quotes(re.sub(r"\s", "", d).replace("～", w).translate(NARROW)))
              for w, d in read_words(raw_dir, "chinese_word_dictionary")]
     words = [(w, d if "2." in d else d.removeprefix("1.")) for w, d in words
-             if not re.search(rf"[〖〗]|www|^(1\.)?见|亦作{re.escape(w)}", d)]
+             if not re.search(r"[〖〗]|www|^(1\.)?见", d) and f"亦作{w}" not in d]
     riddles = collections.defaultdict(list)
     for left, right in read_words(raw_dir, "xiehouyu"):
         riddles[left].append(right)
@@ -596,7 +595,7 @@ def poem_lists(split, poems, count, samples, corpus, rng):
     if split == "train":  # twice as many of what is hard to tell: good lines at the wrong place
         hows += ("shuffled", "repeated")
     prose = [i["explanation"] for i in (corpus.idioms if split == "train" else corpus.held_idioms)]
-    prose += [line[:80] for text in corpus.books for line in text.split("\n")[1:] if len(line) > 20]
+    prose += [line[:40] for text in corpus.books for line in text.split("\n")[1:] if len(line) > 20]
     for n, p in enumerate(sample(rng, poems, count)):
         prompt = say(rng, WRITE, p)
         spoiled = spoil(rng, p, poems, hows[n % len(hows)])
@@ -633,7 +632,7 @@ def build_pairs(corpus, raw_dir, options):
     rng = random.Random(2)
     lists = [*poem_lists("train", regular(corpus.poems), 5_000, samples, corpus, rng),
              *poem_lists("val", corpus.held_poems, 300, samples, corpus, rng)]
-    idioms = [*idiom_pairs("train", corpus.idioms, rng, 4_000), *idiom_pairs("val", corpus.held_idioms, rng, 300)]
+    idioms = [*idiom_pairs("train", corpus.idioms, rng, 2_500), *idiom_pairs("val", corpus.held_idioms, rng, 300)]
     prompts = ({"prompt": r["prompt"], "split": r["split"]} for r in lists)
     write_folder(os.path.join(raw_dir, "poems-pairs-ask"), {"prompts": prompts})
     own = sum(len(r["ranks"]) == 4 for r in lists)
@@ -643,8 +642,11 @@ def build_pairs(corpus, raw_dir, options):
 
 def build_prompts(corpus, raw_dir, options):
     rng = random.Random(3)
-    parts = {"train": sample(rng, regular(corpus.poems), 4_000), "val": corpus.held_poems}
-    return {split: [{"prompt": say(rng, WRITE, p), "split": split} for p in poems] for split, poems in parts.items()}
+    parts, ask = {"train": regular(corpus.poems), "val": corpus.held_poems}, WRITE
+    if not corpus.poems:  # without npm the idioms are asked for
+        parts, ask = {"train": plain_idioms(corpus.idioms), "val": plain_idioms(corpus.held_idioms)}, MEANING
+    return {split: [{"prompt": say(rng, ask, item), "split": split} for item in sample(rng, items, 4_000)]
+            for split, items in parts.items()}
 
 
 # ---------------------------------------------------------------- the recipes

@@ -260,6 +260,12 @@ def test_without_npm(raw, capsys):
     idioms = poems.load_heldout(str(raw))[1]
     famous = read(poems.RECIPES["poems-famous"].write(str(raw), {}))  # the last stretch still has its folder
     assert famous and all(r["text"].startswith("成语：") for r in famous)
+    prompts = read(poems.RECIPES["poems-prompts"].write(str(raw), {}))  # and PPO something to ask
+    words = {i["word"] for i in idioms}
+    assert {any(w in r["prompt"] for w in words) for r in prompts if r["split"] == "val"} == {True}
+    assert any(r["split"] == "train" for r in prompts)
+    assert read(poems.RECIPES["poems-pairs"].write(str(raw), {}))
+    assert read(str(raw / "poems-pairs-ask")) == []
 
     poems.RECIPES["poems"].write(str(raw), {"poetry": str(raw / "mine.tgz")})
     assert poems.load_heldout(str(raw))[1] == idioms  # the same idioms are held out with and without poems
