@@ -3,12 +3,14 @@
 # there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
+trap 'exit 130' INT  # a stage that is interrupted saves and leaves; the next one must not start
 began=$(date +%s)
 say() { echo; echo "=== [$(( ($(date +%s) - began) / 60 )) min] $*"; }
 prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
 
 say "1. data: poems, a novel, idioms, riddles"
 prepare poems
+prepare poems-famous  # already there, unless the line above was interrupted
 
 say "2. pretraining"
 python pretrain.py config/poems.py
@@ -24,9 +26,13 @@ say "4. preferences and the reward model"
 prepare poems-prompts
 if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand between the real and the spoiled ones
     python prepare.py poems-pairs > /dev/null  # writes what to ask it
-    python sample.py --chat=True --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
-        --temperature=1 --max_new_tokens=96 --batch_size=256 > data/raw/poems-pairs-samples.jsonl
     rm -r data/poems-pairs
+    samples=data/raw/poems-pairs-samples.jsonl
+    if [ -s data/raw/poems-pairs-ask/prompts.jsonl ]; then  # empty without poems
+        python sample.py --chat=True --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
+            --temperature=1 --max_new_tokens=96 --batch_size=256 > $samples.part
+        mv $samples.part $samples
+    fi
 fi
 prepare poems-pairs
 python reward.py config/poems_reward.py
