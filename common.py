@@ -169,7 +169,7 @@ def open_data(folder, kind=None, fingerprint=None):
 
     def memmap(split, ending, dtype, length):
         path = os.path.join(folder, f"{split}.{ending}")
-        if length is None or not os.path.exists(path):
+        if not os.path.exists(path):
             return None
         size, wanted = os.path.getsize(path), length * np.dtype(dtype).itemsize
         if size != wanted:
@@ -445,6 +445,8 @@ def resume(cfg, env, models, optimizers, scaler):
     """
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if not (cfg.resume and os.path.exists(path)):
+        if env.main:
+            trim_log(cfg.out_dir, -1)
         return 0, math.inf, None
     checkpoint = load_checkpoint(path, env.device)
     theirs = {**checkpoint["model_config"], "lora": checkpoint.get("lora")}

@@ -2,8 +2,8 @@
 PPO: raise the reward of the model's own answers without leaving the model it started from (InstructGPT, step 3).
 
     python ppo.py config/poems_ppo.py
-    python ppo.py config/poems_ppo.py --advantage=rloo --group_size=4        # no critic: answers to one prompt compared
-    python ppo.py config/poems_ppo.py --reward=rewards.py:quatrain           # a Python function instead of the model
+    python ppo.py config/poems_ppo.py --out_dir=out/poems-rloo --advantage=rloo --group_size=4   # without a critic
+    python ppo.py config/poems_ppo.py --out_dir=out/poems-rule --reward=rewards.py:quatrain      # reward by a function
 
 in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
@@ -28,12 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (all_sum, average_gradients, catch_signals, collate, load_checkpoint, log, lr_at, make_optimizers,
-                    micro_steps, model_from, open_data, optimizer_step, peak_memory, resume, save_checkpoint,
-                    score_answers, set_lr, shuffled, start)
+from common import (all_sum, average_gradients, catch_signals, collate, load_checkpoint, load_model, log, lr_at,
+                    make_optimizers, micro_steps, model_from, open_data, optimizer_step, peak_memory, resume,
+                    save_checkpoint, score_answers, set_lr, shuffled, start)
 from configurator import load_config
 from model import ScalarModel
-from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -307,12 +306,12 @@ def update(actor, critic, batch, cfg, step, kl_coef, env, optimizers, critic_opt
         if not all(map(math.isfinite, sums.values())):
             raise SystemExit(f"error: a loss is not finite at step {step}: {sums}. The last good checkpoint is "
                              f"{cfg.out_dir}/ckpt.pt; lower --lr (now {cfg.lr})")
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + value
         if cfg.target_kl and sums["step_kl"] > cfg.target_kl:  # leave before the optimizers step
             for optimizer in optimizers + critic_optimizers:
                 optimizer.zero_grad(set_to_none=True)
             break
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value
         if learning:
             average_gradients(actor, env)
             totals["norm"] = totals.get("norm", 0.0) + optimizer_step(actor, optimizers, no_scaler, cfg.grad_clip)
@@ -353,15 +352,14 @@ def main(cfg):
         raise SystemExit(f"error: {cfg.advantage} compares answers to one prompt: give --group_size=4, not "
                          f"{cfg.group_size}")
     env = start(cfg)
+    if env.dtype == torch.float16:  # many losses a step, and none of them scaled against underflow
+        env.dtype = torch.float32
     caught = catch_signals()
 
     # ------------------------------------------------------------------------ models
-    checkpoint = load_checkpoint(cfg.init_from)
-    tokenizer_file = os.path.join(cfg.init_from, "tokenizer.model")
-    tokenizer = load_tokenizer(tokenizer_file)
     # always in evaluation mode: there is no dropout, and the router bias of a mixture of experts stays frozen
-    actor, reference = (model_from(checkpoint).to(env.device).eval() for _ in range(2))
-    reference.requires_grad_(False)
+    actor, tokenizer, checkpoint = load_model(cfg.init_from, env.device)
+    reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     critic = None
     if cfg.advantage == "gae" or not cfg.reward:
         reward_checkpoint = load_checkpoint(cfg.reward_from)
@@ -377,6 +375,12 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", checkpoint["fingerprint"])
+    longest = max(np.diff(split.idx).max(initial=0) for split in (train, val))
+    if longest + cfg.max_new_tokens > actor.config.max_seq_len:
+        raise SystemExit(f"error: {cfg.data_dir} has a prompt of {longest} tokens; with max_new_tokens="
+                         f"{cfg.max_new_tokens} that exceeds the {actor.config.max_seq_len} tokens the model can see. "
+                         "Prepare it again with a smaller --max_length, or lower --max_new_tokens")
+    n_eval = min(cfg.eval_prompts, len(val))
     stop_ids, pad_id = [tokenizer.im_end_id, tokenizer.eot_id], tokenizer.pad_id
     if cfg.ptx_coef:
         ptx_tokens = open_data(cfg.ptx_dir, "text", checkpoint["fingerprint"])[0].tokens
@@ -398,7 +402,7 @@ def main(cfg):
     scaler = torch.amp.GradScaler(env.device.type, enabled=False)
     models = {"model": actor} | ({"critic": critic} if critic else {})
     step, _, saved = resume(cfg, env, models, optimizers + critic_optimizers, scaler)
-    kl_coef = saved["kl_coef"] if saved else cfg.kl_coef
+    kl_coef = saved["kl_coef"] if saved and cfg.kl_target else cfg.kl_coef
     micro = micro_steps(cfg.grad_accum, env)
 
     def save():
@@ -407,11 +411,12 @@ def main(cfg):
                 "stage": "ppo", "step": step, **{name: model.state_dict() for name, model in models.items()},
                 "model_config": dataclasses.asdict(actor.config), "config": dataclasses.asdict(cfg), "kl_coef": kl_coef,
                 "optimizers": [o.state_dict() for o in optimizers + critic_optimizers], "scaler": scaler.state_dict(),
-                "fingerprint": checkpoint["fingerprint"], "best_val": math.inf}, tokenizer_file)
+                "fingerprint": checkpoint["fingerprint"], "best_val": math.inf},
+                os.path.join(cfg.init_from, "tokenizer.model"))
 
     def evaluate():
         """Return val_… means on held-out prompts: the same prompts and random numbers every time, without a critic."""
-        first, end = (r * min(cfg.eval_prompts, len(val)) // env.world for r in (env.rank, env.rank + 1))
+        first, end = (r * n_eval // env.world for r in (env.rank, env.rank + 1))
         prompts = {2 * first: [val.document(i)[0].tolist() for i in range(first, end)]}
         plain = dataclasses.replace(cfg, advantage="rloo", group_size=2)
         batch, _, _ = collect(actor, reference, None, scorer, prompts, stop_ids, pad_id, plain, 0, 0.0, env, watcher)
@@ -419,7 +424,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     seconds = steps_done = 0
-    if step == 0 and cfg.eval_every:
+    if step == 0 and cfg.eval_every and n_eval >= env.world:
         log(cfg, env, step, evaluate())
     while step < cfg.max_steps:
         t = time.perf_counter()
@@ -443,7 +448,7 @@ def main(cfg):
                    "train_share": 1 - (generate_s + score_s) / dt,
                    "left": seconds / steps_done * (cfg.max_steps - step)}
         last, stop = step == cfg.max_steps, all_sum([float(bool(caught))], env)[0]
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+        if n_eval >= env.world and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
             record |= evaluate()
         log(cfg, env, step, record)
         if last or stop or step % cfg.save_every == 0:
