@@ -2,7 +2,7 @@
 DPO: learn from ranked answers directly, without a reward model and without sampling (arXiv 2305.18290).
 
     python dpo.py config/poems_dpo.py
-    python dpo.py config/poems_dpo.py --lora_rank=8 --lr=1e-4 --out_dir=out/poems-dpo-lora
+    python dpo.py config/poems_dpo.py --lora_rank=8 --lr=3e-4 --out_dir=out/poems-dpo-lora
     torchrun --standalone --nproc_per_node=4 dpo.py config/poems_dpo.py --grad_accum=4
 
 in:  out/<SFT run>/ckpt.pt (policy and reference), data/<name>/ of kind pairs: two or more completions a prompt
@@ -266,7 +266,7 @@ def main(cfg):
 
     if env.main:
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, best validation loss {best_val:.4f}, "
-              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --out_dir={cfg.out_dir}")
+              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -62,7 +62,7 @@ class Config:
     tokenizer_characters: int = 4_000_000  # of the text, to train it on: takes about 70 bytes of memory each
     # running
     workers: int = 0  # processes, 0: one a core
-    show: int = 0  # examples to print at the end; alone, those of an existing folder
+    show: int = 0  # examples to print at the end (0: three); alone, those of an existing folder
 
 
 DATA = "data"

@@ -6,13 +6,13 @@ init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
 
 batch_size = 32            # about 75 answers, 4,700 tokens
-max_steps = 600
+max_steps = 500
 lr = 8e-4
 min_lr = 3e-5
 warmup_steps = 20
 
-eval_every = 300
+eval_every = 250
 eval_prompts = 600
 shift_prompts = 300
-save_every = 300
+save_every = 250
 log_every = 10
