@@ -12,6 +12,7 @@ out: data/raw/<recipe>/*.jsonl; every record says which split it belongs to
 """
 import collections
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -356,6 +357,24 @@ def load(raw_dir="data/raw", options=None):
                   riddles=list(riddles.items()), held_poems=held_poems, held_idioms=held_idioms)
 
 
+def load_once(raw_dir, options):
+    """load(), or what it gave last time: poems-corpus.json, as long as this file and the archives' hashes stay."""
+    path = os.path.join(raw_dir, "poems-corpus.json")
+    with open(__file__, "rb") as f:
+        key = hashlib.sha256(f.read() + repr(SOURCES).encode()).hexdigest()
+    if os.path.exists(path) and not options.get("poetry"):
+        with open(path, encoding="utf-8") as f:
+            kept = json.load(f)
+        if kept["key"] == key:
+            return Corpus(**kept["corpus"])
+    corpus = load(raw_dir, options)
+    if corpus.poems and not options.get("poetry"):
+        with open(path + ".part", "w", encoding="utf-8") as f:
+            json.dump({"key": key, "corpus": dataclasses.asdict(corpus)}, f, ensure_ascii=False)
+        os.replace(path + ".part", path)
+    return corpus
+
+
 def write_folder(folder, parts):
     """{name: records} → folder of name.jsonl, which appears whole, in place of an older one. Returns the counts."""
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
@@ -374,7 +393,7 @@ def write_folder(folder, parts):
 
 def write_recipe(name, build, raw_dir="data/raw", options=None):
     """Reads the archives, sets items aside, and writes what build(corpus, raw_dir, options) gives: {name: records}."""
-    corpus = load(raw_dir, options or {})
+    corpus = load_once(raw_dir, options or {})
     write_folder(os.path.join(raw_dir, "poems-heldout"), {  # beside the recipes' folders, so that no recipe reads it
         "heldout_poems": ({k: p[k] for k in ("title", "author", "form", "body")} for p in corpus.held_poems),
         "heldout_idioms": corpus.held_idioms})

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ppo
-from common import Env, load_checkpoint, make_optimizers, save_checkpoint
+from common import Env, load_checkpoint, make_optimizers, model_from, save_checkpoint
+from lora import add_lora, lora_state_dict, weights_hash
 from model import ModelConfig, ScalarModel, Transformer
 from pairs import assert_same, make_run, one_thread, read_log, run_in_two, run_with_a_break  # noqa: F401
 from tokenizer import render_chat, train_tokenizer
@@ -283,3 +284,30 @@ def test_two_processes_compute_what_one_does(root, tmp_path, changes):
                 assert a[key] == pytest.approx(b[key], abs=2e-5), key
     a, b = (load_checkpoint(str(tmp_path / name)) for name in ("one", "two"))
     assert_same(a["model"], b["model"], atol=1e-6)
+
+
+def test_starts_from_adapters(root, tmp_path):
+    """A run of sft.py --lora_rank is merged with its base; with adapters of zero it is the base."""
+    base = load_checkpoint(f"{root}/base")
+    model = add_lora(model_from(base), 2, 4.0, "qkv|down", base="../base", base_hash=weights_hash(base["model"]))
+    save_checkpoint(f"{root}/adapters/ckpt.pt", {**base, "model": lora_state_dict(model), "lora": model.lora},
+                    f"{root}/base/tokenizer.model")
+    for name in ("base", "adapters"):
+        ppo.main(ppo.Config(**settings(root, init_from=f"{root}/{name}", out_dir=str(tmp_path / name), max_steps=1)))
+    assert_same(*(load_checkpoint(str(tmp_path / name))["model"] for name in ("base", "adapters")))
+
+
+def test_a_new_kl_coef_is_obeyed_and_a_new_run_has_a_new_log(root, tmp_path):
+    cfg = ppo.Config(**settings(root, out_dir=str(tmp_path), max_steps=1))
+    ppo.main(cfg)
+    ppo.main(dataclasses.replace(cfg, max_steps=2, kl_coef=0.3))
+    assert [r["kl_coef"] for r in read_log(tmp_path)[1:]] == [cfg.kl_coef, 0.3]
+    ppo.main(dataclasses.replace(cfg, resume=False))
+    assert [r["step"] for r in read_log(tmp_path)] == [0, 1]
+
+
+def test_prompts_too_long_and_none_held_out(root, tmp_path):
+    with pytest.raises(SystemExit, match="prompt of .* tokens; with max_new_tokens=90 .* the 96 tokens"):
+        ppo.main(ppo.Config(**settings(root, out_dir=str(tmp_path), max_new_tokens=90)))
+    ppo.main(ppo.Config(**settings(root, out_dir=str(tmp_path), max_steps=1, eval_prompts=0)))
+    assert not any("val_score" in r for r in read_log(tmp_path))
