@@ -1,18 +1,18 @@
-# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 9,300 prompts.
+# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 10,800 prompts.
 #   python prepare.py poems-pairs
 #   python reward.py config/poems_reward.py      (2 cores: 4 minutes)
 data_dir = "data/poems-pairs"
 init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
 
-batch_size = 32            # about 75 answers, 4,700 tokens
-max_steps = 500
+batch_size = 32            # about 90 answers, 5,000 tokens
+max_steps = 550
 lr = 8e-4
 min_lr = 3e-5
 warmup_steps = 20
 
-eval_every = 250
+eval_every = 275
 eval_prompts = 600
 shift_prompts = 300
-save_every = 250
+save_every = 275
 log_every = 10

@@ -8,7 +8,7 @@ out_dir = "out/poems-sft"
 
 seq_len = 256              # 4.4 conversations a row
 batch_size = 12            # 3,072 tokens a step
-epochs = 1
+epochs = 0.9
 lr = 2e-3
 min_lr = 5e-5
 warmup_steps = 20
