@@ -1,10 +1,10 @@
-# The quickstart's base model: 3 M parameters, 3.0 M of 12.3 M tokens of poems, idioms, a novel and riddles.
+# The quickstart's base model: 1.7 M parameters, 2.9 M of 12.3 M tokens of poems, idioms, a novel and riddles.
 #   python prepare.py poems && python pretrain.py config/poems.py
-# 2 cores of an AMD EPYC (Zen 4, products in bf16): TIME, held-out BPB bits a byte, recites 静夜思 (2026-11-25).
-# Runs of equal time (runs/equal_time.py, 70 s each), held-out bits a byte: cosine 2.521, wsd 2.511, wsd at lr 5e-3
-# 2.518, Muon with wsd 2.513: its steps are a quarter fewer and cost that much more; without fast bf16 it crawls.
-# Before (2026-11-22, 110 s, longer tokens): 8 rows a step 2.670 against 2.688 with 16, dim 128 2.641 against 2.688 with
-# 192, which was kept for the later stages.
+# 2 cores of an AMD EPYC (Zen 3, fp32): TIME, held-out BPB bits a byte, recites 静夜思 (2026-11-25).
+# Runs of equal time (runs/equal_time.py, held-out bits a byte). Zen 3, 140 s: dim 128 at lr 4e-3 2.450, dim 160 2.457,
+# dim 192 2.470. Zen 4 with products in bf16, 70 s, dim 192: cosine 2.521, wsd 2.511, wsd at lr 5e-3 2.518, Muon with
+# wsd 2.513: its steps are a quarter fewer and cost that much more; without fast bf16 it crawls. Before (110 s, longer
+# tokens): 8 rows a step 2.670 against 2.688 with 16.
 data_dir = "data/poems"
 out_dir = "out/poems"
 

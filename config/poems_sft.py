@@ -1,6 +1,6 @@
 # Instruction tuning on poems-sft: poems to order, next lines, idioms, riddles, dialogues (39,565 conversations).
 #   python prepare.py poems-sft
-#   python sft.py config/poems_sft.py            (2 cores, AMX: 4 minutes)
+#   python sft.py config/poems_sft.py            (2 cores, fp32: 5 minutes)
 # With adapters: --lora_rank=8 --lr=1e-3 --out_dir=out/poems-lora
 data_dir = "data/poems-sft"
 init_from = "out/poems"
