@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What happens without the KL penalty: PPO against the learned reward, while rules that it does not see are watched.
-# After runs/quickstart.sh; about 10 minutes on 2 CPU cores. Draws out/overoptimise.png (Gao et al. 2023, fig. 1).
+# After runs/quickstart.sh; about 6 minutes on 2 CPU cores. Draws out/overoptimise.png (Gao et al. 2023, fig. 1).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
 trap 'exit 130' INT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage on real Chinese text, on a laptop: about 25 minutes on 2 CPU cores after the downloads; a GPU is used if
+# Every stage on real Chinese text, on a laptop: about 20 minutes on 2 CPU cores after the downloads; a GPU is used if
 # there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
