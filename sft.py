@@ -294,7 +294,8 @@ def main(cfg):
 
     if env.main:
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, best validation loss {best_val:.4f}, "
-              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
+              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. "
+              f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ loss = "dpo"
 beta = 0.1
 nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
 
-batch_size = 32            # about 75 answers, 4,700 tokens
+batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 80
 lr = 5e-5
 min_lr = 5e-6

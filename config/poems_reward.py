@@ -1,11 +1,11 @@
-# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 10,800 prompts.
+# Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 10,600 prompts.
 #   python prepare.py poems-pairs
 #   python reward.py config/poems_reward.py      (2 cores, fp32: 5 minutes)
 data_dir = "data/poems-pairs"
 init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
 
-batch_size = 32            # about 90 answers, 5,000 tokens
+batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 550
 lr = 8e-4
 min_lr = 3e-5
