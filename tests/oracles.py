@@ -1,11 +1,13 @@
 """
 What the tests compare with: random models of every kind, and the same weights in transformers' classes.
+The names come from tools/hf_names.py, which export.py uses too.
 
 Not a test file; needs transformers only inside twin().
 """
 import torch
 
 from model import ModelConfig, Transformer
+from tools.hf_names import hf_config, hf_views
 
 V, C, T = 96, 32, 48  # vocabulary, channels and longest sequence of the models below
 
@@ -47,67 +49,20 @@ def random_model(kind, seed=0, **changes):
     return model.eval()
 
 
-@torch.no_grad()
 def twin(model, kind):
-    """Return transformers' model of the same kind with our weights copied in, name by name."""
+    """Return transformers' model of the same kind with our weights: Dots1 for "dots1", else the class export names."""
     import transformers
-    c = model.config
-    common = dict(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, use_cache=True,
-                  num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-                  max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-                  rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, pad_token_id=0,
-                  bos_token_id=None, eos_token_id=None, attn_implementation="eager")
-    if kind.startswith("llama"):
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, head_dim=c.head_dim))
-    elif kind == "qwen2":
-        theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
-    elif kind == "qwen3":
-        theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=c.head_dim))
-    else:
-        theirs = transformers.Dots1ForCausalLM(transformers.Dots1Config(
-            **common, head_dim=c.head_dim, moe_intermediate_size=c.expert_hidden_dim, n_routed_experts=c.n_experts,
-            n_shared_experts=c.n_shared_experts, num_experts_per_tok=c.n_active_experts, norm_topk_prob=True,
-            first_k_dense_replace=c.first_dense, routed_scaling_factor=c.route_scale, sliding_window=None))
-    theirs.load_state_dict(their_names(model), strict=False)
-    unused = theirs.state_dict().keys() - their_names(model).keys()
-    assert unused <= ({"lm_head.weight"} if c.tie_embeddings else set()), f"not copied: {sorted(unused)}"
+    config = hf_config(model.config)
+    if kind == "dots1":     # the same weights under the same names, in a class of other authors
+        config.update(model_type="dots1", architectures=["Dots1ForCausalLM"], sliding_window=None)
+    config = transformers.AutoConfig.for_model(**config, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    theirs, report = getattr(transformers, config.architectures[0]).from_pretrained(
+        None, config=config, state_dict=their_names(model), attn_implementation="eager", output_loading_info=True)
+    wrong = {name: found for name, found in report.items() if found}
+    assert not wrong, f"not the same tensors: {wrong}"
     return theirs.float().eval()
 
 
 def their_names(model):
-    """Return our weights under transformers' names, fused matrices cut apart."""
-    c, out = model.config, {}
-    rows = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
-
-    def feed_forward(ffn, name):
-        gate, up = ffn.gate_up.weight.chunk(2)
-        out.update({f"{name}.gate_proj.weight": gate, f"{name}.up_proj.weight": up,
-                    f"{name}.down_proj.weight": ffn.down.weight})
-
-    out["model.embed_tokens.weight"] = model.embed.weight
-    out["model.norm.weight"] = model.norm.weight
-    if model.lm_head is not None:
-        out["lm_head.weight"] = model.lm_head.weight
-    for i, block in enumerate(model.blocks):
-        name = f"model.layers.{i}"
-        out[f"{name}.input_layernorm.weight"] = block.attn_norm.weight
-        out[f"{name}.post_attention_layernorm.weight"] = block.ffn_norm.weight
-        out[f"{name}.self_attn.o_proj.weight"] = block.attn.out.weight
-        for letter, part in zip("qkv", block.attn.qkv.weight.split(rows)):
-            out[f"{name}.self_attn.{letter}_proj.weight"] = part
-        if c.qkv_bias:
-            for letter, part in zip("qkv", block.attn.qkv.bias.split(rows)):
-                out[f"{name}.self_attn.{letter}_proj.bias"] = part
-        if c.qk_norm:
-            out[f"{name}.self_attn.q_norm.weight"] = block.attn.q_norm.weight
-            out[f"{name}.self_attn.k_norm.weight"] = block.attn.k_norm.weight
-        if not hasattr(block.ffn, "router"):
-            feed_forward(block.ffn, f"{name}.mlp")
-            continue
-        out[f"{name}.mlp.gate.weight"] = block.ffn.router.weight
-        out[f"{name}.mlp.gate.e_score_correction_bias"] = block.ffn.bias
-        out[f"{name}.mlp.experts.gate_up_proj"] = block.ffn.gate_up.transpose(1, 2)  # theirs are (E, out, in)
-        out[f"{name}.mlp.experts.down_proj"] = block.ffn.down.transpose(1, 2)
-        if block.ffn.shared is not None:
-            feed_forward(block.ffn.shared, f"{name}.mlp.shared_experts")
-    return {k: v.detach().clone().contiguous() for k, v in out.items()}
+    """Return copies of our weights under transformers' names."""
+    return {name: tensor.clone() for name, tensor in hf_views(model).items()}
