@@ -1,39 +1,48 @@
 """
-What every stage must do alike: start (device, processes, seed), data folders, the order of rows, learning rate,
-optimizers, gradients over several processes, checkpoints, the log line. Functions only; each stage shows its own loop.
+What every stage must do alike: start (device, processes, seed), optimizers, gradients over several processes,
+checkpoints, the log line, the end. Functions only; each stage shows its own loop.
 """
 import contextlib
 import dataclasses
-import filecmp
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from configurator import changed
-from lora import add_lora, load_lora, merge_lora, weights_hash
-from model import ModelConfig, Transformer
+from configurator import changed, check
+from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import load_tokenizer
 
 # dense bf16 TFLOP/s of common GPUs, from their data sheets (without sparsity)
-GPU_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L20": 119,
-              "A10": 125, "V100": 125, "T4": 65, "5090": 209, "4090": 165, "3090": 71, "3080": 60, "4060": 60}
+GPU_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10": 125,
+    "A6000": 155, "L40S": 362, "L40": 181, "L20": 119, "L4": 121, "V100": 125, "T4": 65, "5090": 209, "5080": 113,
+    "4090": 165, "4080": 97, "4070": 58, "4060": 30, "3090": 71, "3080": 60}
 
 
 @dataclass
 class Env:
-    """Where this process runs: rank of world processes, its device, and the dtype products are made in."""
+    """Where this process runs: rank of world processes, its device, the dtype of products, signals that ask to stop."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
+    scaler: torch.amp.GradScaler = None  # does nothing, unless products are in fp16
+    signals: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     @property
     def main(self):
@@ -43,40 +52,62 @@ class Env:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-# ---------------------------------------------------------------------------- start
+# ---------------------------------------------------------------------------- start and end
 
 
 def start(cfg, announce=True):
     """Join the other processes if torchrun started us, choose device and dtype, seed; return an Env.
 
-    cfg: a Config with `device` ("auto", "cpu", "cuda", "mps") and `seed`. Products are made in bf16 on GPUs (fp16 on
-    older ones) and in fp32 on CPUs; where cfg has dtype="auto", in bf16 on CPUs that are fast at it.
+    Products are made in bf16 on GPUs (fp16 on those before Ampere) and in fp32 on CPUs; where cfg has dtype="auto", in
+    bf16 on CPUs that are fast at it.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = choose_device(cfg.device)
+    if device.type == "cuda":
+        if world > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # cuDNN's attention makes a plan for each new shape: a stall for each length of a prompt, a group, an answer
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
-        # the first optimizer imports this; after init its default arguments would hold the group past its destruction,
-        # and gloo's threads, still alive when Python ends, abort now and then
-        from torch.distributed.nn import functional  # noqa: F401
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
-    dtype = torch.float32
-    if device == "cpu" and getattr(cfg, "dtype", "float32") == "auto" and bf16_is_fast():
-        dtype = torch.bfloat16
-    if "cuda" in device:
-        torch.set_float32_matmul_precision("high")
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+        from torch.distributed.nn import functional  # noqa: F401 - imported later it would hold the group past its end
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype = choose_dtype(getattr(cfg, "dtype", "float32" if device.type == "cpu" else "auto"), device)
     torch.manual_seed(cfg.seed)
-    env = Env(rank, world, torch.device(device), dtype)
+    env = Env(rank, world, device, dtype)
+    catch_signals(env)
     if env.main and announce:
-        settings = " ".join(f"{k}={v}" for k, v in changed(cfg).items()) or "(all defaults)"
-        print(f"settings changed: {settings}")
+        settings = " ".join(f"{key}={value}" for key, value in changed(cfg).items())
+        print(f"settings changed: {settings or '(all defaults)'}")
         print(f"device {device}, {str(dtype).split('.')[1]}, {world} process{'es' * (world > 1)}", flush=True)
     return env
+
+
+def choose_device(name):
+    """Return the torch.device of "auto", "cpu", "cuda", "cuda:1", "mps"; exits when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check(re.fullmatch(r"cpu|mps|cuda(:\d+)?", name), f"device={name!r}: known are auto, cpu, mps, cuda and cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        check(torch.cuda.is_available(), f"device={name}, but PyTorch sees no GPU here. Use --device=cpu, or check the "
+              "driver with nvidia-smi")
+        count = torch.cuda.device_count()
+        check((device.index or 0) < count, f"device={name}, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    if device.type == "mps":
+        check(torch.backends.mps.is_available(), "device=mps, but PyTorch sees no Apple GPU here. Use --device=cpu")
+    return device
+
+
+def choose_dtype(name, device):
+    """Return the dtype of products: "auto", "float32", "bfloat16" or "float16"."""
+    if name != "auto":
+        check(name != "float16" or device.type == "cuda", "dtype=float16 is for GPUs; on a CPU use float32 or bfloat16")
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and bf16_is_fast() else torch.float32
 
 
 def bf16_is_fast():
@@ -86,267 +117,249 @@ def bf16_is_fast():
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(512, 512, dtype=dtype)
         a @ a
-        t = time.perf_counter()
+        began = time.perf_counter()
         for _ in range(4):
             a @ a
-        seconds.append(time.perf_counter() - t)
+        seconds.append(time.perf_counter() - began)
     return seconds[1] < seconds[0]
+
+
+def catch_signals(env):
+    """Put the names of signals that ask this process to stop into env.signals; a second one ends it at once."""
+
+    def handler(number, frame):
+        env.signals.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), handler)
+
+
+def lock(folder, env):
+    """Make this process the only one that writes to folder; the lock goes with the process, however it ends."""
+    if not env.main:
+        return
+    os.makedirs(folder, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    env.lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.flock(env.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        check(False, f"another process is writing to {folder}. Wait for it, or choose another --out_dir")
 
 
 def micro_steps(grad_accum, env):
     """Return the micro-steps of this rank. Which rows a micro-step holds does not depend on who computes it."""
-    if grad_accum % env.world:
-        raise SystemExit(f"error: grad_accum={grad_accum} must be a multiple of the {env.world} processes: it is the "
-                         f"total of micro-steps, shared among them. Try --grad_accum={env.world}")
+    check(grad_accum % env.world == 0, f"grad_accum={grad_accum} must be a multiple of the {env.world} processes: it is "
+          f"the total of micro-steps, shared among them. Try --grad_accum={env.world}")
     return range(env.rank, grad_accum, env.world)
 
 
-def compile_model(model, cfg, env):
-    """Compile in place, so that names in the state dict stay plain. Falls back to eager where that cannot work."""
+def compile_blocks(model, cfg, env):
+    """Compile the model block by block: one block is compiled once and serves for all, and gradients can travel to
+    the other processes while earlier blocks still compute theirs. Runs eagerly where there is no compiler."""
     if not cfg.compile or env.device.type == "mps":
         return
-    if env.device.type == "cpu" and not shutil.which("g++") and not shutil.which("clang++"):
-        print("note: no C++ compiler found, so the model runs uncompiled (slower; apt-get install g++)")
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    triton = env.device.type == "cpu" or torch.utils._triton.has_triton()
+    if not compiler or not triton:
+        if env.main:
+            print(f"note: {'Triton' if compiler else 'a C++ compiler'} is missing, so the model runs uncompiled (slower)")
         return
-    model.compile()
+    for block in model.blocks:
+        block.compile()
 
 
-def catch_signals():
-    """Return a list that gets the signal's name when SIGTERM or SIGINT arrives; a second one ends the program."""
-    caught = []
-
-    def handler(number, frame):
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
-    return caught
-
-
-# ---------------------------------------------------------------------------- data
+def finish(cfg, env, step, hint=""):
+    """Say how the run ended, and leave the other processes."""
+    if env.main:
+        how = "done"
+        if env.signals:
+            how = f"stopped by {env.signals[0]}; the same command goes on from here"
+        elif step < cfg.max_steps:
+            how = "stopped by another process; the same command goes on from here"
+        memory = peak_memory(env) / 2 ** 30
+        print(f"{cfg.out_dir}/ckpt.pt: step {step}, {how}. Peak memory {memory:.2f} GiB. {hint}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-@dataclass
-class Split:
-    """One split of a data folder: memmaps, and its entry in meta.json. What a kind of data lacks is None."""
-    tokens: np.ndarray
-    mask: np.ndarray
-    idx: np.ndarray
-    group: np.ndarray
-    meta: dict
-
-    def __len__(self):
-        return len(self.idx) - 1
-
-    def document(self, i):
-        """Return (ids, mask) of document i, int64 and uint8; mask is None for prompts."""
-        a, b = self.idx[i], self.idx[i + 1]
-        return self.tokens[a:b].astype(np.int64), None if self.mask is None else self.mask[a:b]
+@contextlib.contextmanager
+def no_grad_eval(model):
+    """Context: evaluation mode and no gradients, then back to the mode it was in."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(training)
 
 
-def open_data(folder, kind=None, fingerprint=None):
-    """Open a folder made by prepare.py; return (train, val, meta), memory-mapped.
+# ---------------------------------------------------------------------------- optimizers
 
-    Leaves with a message when the folder is missing, of another kind, cut short, or made with another tokenizer.
+
+# Five steps of X <- a X + (b X X' + c (X X')^2) X drive all singular values of a matrix of norm 1 towards 1.
+# Coefficients: Polar Express (arXiv 2505.16932), which fits each step to the range that the one before has left.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def orthogonalise(x):
+    """x (..., rows, columns) -> about U V', where x = U S V' is its singular value decomposition."""
+    if x.size(-2) > x.size(-1):
+        return orthogonalise(x.mT).mT
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): every direction of a matrix is learned equally.
+
+    The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so a learning rate means the same here
+    and there. Matrices of one shape are orthogonalised together, in bf16 on GPUs and in fp32 elsewhere.
     """
-    name = os.path.basename(os.path.normpath(folder))
-    if not os.path.isfile(os.path.join(folder, "meta.json")):
-        option = "" if kind in (None, "text") else f" --kind={kind}"
-        hint = f"  of your own: python prepare.py {name} --input=FILE_OR_FOLDER{option}"
-        if kind in (None, "text"):
-            hint += "\n  the poems:   python prepare.py poems   and add --data_dir=data/poems here"
-        else:
-            hint += f"\n  the poems:   python prepare.py poems-{kind}"
-        raise SystemExit(f"error: no data in '{folder}'. Make some with\n{hint}")
-    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-        meta = json.load(f)
-    if kind and meta["kind"] != kind:
-        raise SystemExit(f"error: '{folder}' holds data of kind {meta['kind']}, this stage reads {kind}")
-    if fingerprint and fingerprint != meta["fingerprint"]:
-        raise SystemExit(f"error: '{folder}' was made with tokenizer {meta['fingerprint'][:12]}, the checkpoint with "
-                         f"{fingerprint[:12]}. Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
 
-    def memmap(split, ending, dtype, length):
-        path = os.path.join(folder, f"{split}.{ending}")
-        if not os.path.exists(path):
-            return None
-        size, wanted = os.path.getsize(path), length * np.dtype(dtype).itemsize
-        if size != wanted:
-            raise SystemExit(f"error: {path} has {size:,} bytes, meta.json says {wanted:,}. Prepare the folder again")
-        return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
-    splits = []
-    for split in ("train", "val"):
-        n, docs = meta[split]["tokens"], meta[split]["documents"]
-        tokens = memmap(split, "bin", np.dtype(meta["dtype"]).newbyteorder("<"), n)
-        if tokens is None:
-            raise SystemExit(f"error: {folder}/{split}.bin is missing. Prepare the folder again")
-        splits.append(Split(tokens, memmap(split, "mask", np.uint8, n), memmap(split, "idx", np.int64, docs + 1),
-                            memmap(split, "group", np.int32, docs), meta[split]))
-    return *splits, meta
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.shape].append(p)
+            for params in same_shape.values():
+                self.step_together(params, group)
+
+    def step_together(self, params, group):
+        """One step for matrices (rows, columns) of one shape."""
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            # Nesterov: look ahead by the momentum that this gradient has just moved
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+        updates = torch.stack(updates)                                             # (matrices, rows, columns)
+        if updates.is_cuda:
+            updates = updates.bfloat16()
+        updates = orthogonalise(updates).to(params[0].dtype)
+        step_size = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
+        for p, update in zip(params, updates):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-step_size)
 
 
-def prompt_bounds(split):
-    """Return offsets (prompts + 1): prompt p owns documents bounds[p] … bounds[p + 1] - 1, the best one first."""
-    return np.append(np.flatnonzero(np.diff(split.group, prepend=-1)), len(split))
-
-
-def open_pairs(folder, fingerprint, max_seq_len):
-    """Open a folder of ranked answers; return (train, val, the prompt_bounds of both, meta)."""
-    train, val, meta = open_data(folder, "pairs", fingerprint)
-    bounds = [prompt_bounds(train), prompt_bounds(val)]
-    fewest = min(np.diff(b).min(initial=len(train)) for b in bounds)
-    longest = max(np.diff(s.idx).max(initial=0) for s in (train, val))
-    if fewest < 2 or longest > max_seq_len:
-        raise SystemExit(f"error: {folder} has a prompt with {fewest} answers (wanted: 2 or more) or a document of "
-                         f"{longest} tokens (the model sees {max_seq_len}). Prepare it again with "
-                         f"--max_length={max_seq_len}")
-    return train, val, *bounds, meta
-
-
-def shuffled(n, first, count, seed):
-    """Return entries first … first+count-1 of an endless sequence that runs through 0 … n-1 in a new order each epoch.
-
-    Stateless: epoch e visits (a·i + b) mod n with a coprime to n, and a, b drawn from (seed, e). So a run can go on
-    from any step, and every row is seen once before any is seen twice.
-    """
-    out = np.empty(count, dtype=np.int64)
-    for j in range(count):
-        epoch, i = divmod(first + j, n)
-        a, b = np.random.default_rng([seed, epoch]).integers(0, n, 2)
-        a = max(int(a), 1)
-        while math.gcd(a, n) > 1:
-            a = a % n + 1
-        out[j] = (a * i + int(b)) % n
-    return out
-
-
-def collate(documents, pad_id, device="cpu"):
-    """Right-pad documents [(ids, mask), …] and shift them: what follows a token is its target.
-
-    Return ids, targets, mask, each (B, T): mask[b, t] is 1 where targets[b, t] is a token to learn. Causal attention
-    never looks at the padding behind a row, so it needs no attention mask.
-    """
-    T = max(len(ids) for ids, _ in documents)
-    ids = np.full((len(documents), T), pad_id, dtype=np.int64)
-    mask = np.zeros((len(documents), T), dtype=np.float32)
-    for row, (document, learned) in enumerate(documents):
-        ids[row, :len(document)], mask[row, :len(document)] = document, learned
-    ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-    return ids[:, :-1], ids[:, 1:], mask[:, 1:]
-
-
-# ---------------------------------------------------------------------------- answers
-
-
-def like_lengths(ends, most=4096):
-    """Split rows (R), of which only the first `ends` (R) tokens count, into groups of like length, so that little
-    padding is computed: at most `most` tokens a group, padding included, and at least one row."""
-    order = ends.argsort(stable=True)
-    sizes = [0]
-    for length in ends[order].tolist():
-        if sizes[-1] and (sizes[-1] + 1) * length > most:
-            sizes.append(0)
-        sizes[-1] += 1
-    return order.split(sizes)
-
-
-def answer_logps(model, batch, env, temperature=1.0):
-    """Return the log-prob of each row's answer with its <|im_end|>, prompt left out, and the answer's length, (R) each.
-
-    batch: ids, targets, mask, each (R, T), of collate().
-    """
-    ids, targets, mask = batch
-    ends = (mask * torch.arange(1, ids.size(1) + 1, device=mask.device)).amax(dim=1).long()
-    sums = torch.zeros(len(ids), device=ids.device)
-    for rows in like_lengths(ends):
-        T = ends[rows].max()
-        with env.autocast():
-            logps = model.logps(ids[rows, :T], targets[rows, :T], mask[rows, :T], temperature)  # (rows, T)
-        sums = sums.index_put((rows,), logps.sum(dim=1))
-    return sums, mask.sum(dim=1)
-
-
-def score_answers(model, batch, env):
-    """Return a reward model's score of each row (R), read at the answer's last token, the <|im_end|>.
-
-    batch: of collate(). What stands behind a row's end cannot change its score: attention is causal.
-    """
-    ids, targets, mask = batch
-    ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
-    ends = (mask * torch.arange(1, ids.size(1), device=mask.device)).amax(dim=1).long()
-    scores = torch.zeros(len(ids), device=ids.device)
-    for rows in like_lengths(ends):
-        with env.autocast():
-            part = model(ids[rows, :ends[rows].max() + 1])                         # (rows, T)
-        scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
-    return scores
-
-
-# ---------------------------------------------------------------------------- optimizer
-
-
-def lr_at(step, cfg):
-    """Learning rate of a step: linear warmup, then cosine down to min_lr, or flat and a linear fall at the end (wsd).
-
-    cfg: lr, min_lr, warmup_steps, max_steps, schedule ("cosine" | "wsd"), decay_steps (wsd).
-    """
-    if cfg.schedule not in ("cosine", "wsd"):
-        raise SystemExit(f"error: schedule={cfg.schedule!r}, known are cosine and wsd")
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "wsd":
-        left = (cfg.max_steps - step) / max(1, cfg.decay_steps)
-        return cfg.min_lr + (cfg.lr - cfg.min_lr) * min(1.0, left)
-    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def make_optimizers(model, cfg):
+def make_optimizers(model, cfg, lr=None):
     """Return a list of optimizers over the parameters that want gradients.
 
-    adamw: weight decay on matrices, none on gains and biases. muon: the blocks' matrices go to Muon, with its step
-    scaled to AdamW's size (arXiv 2502.16982) so that one learning rate serves both; the rest stays with AdamW.
+    adamw: weight decay on matrices, none on gains and biases. muon: the blocks' matrices go to Muon; embeddings, head,
+    gains and biases stay with AdamW, at cfg.adam_lr.
     """
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in params if cfg.optimizer == "muon" and p.ndim == 2 and "blocks." in name]
-    rest = [p for _, p in params if not any(p is q for q in muon)]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    if cfg.optimizer not in ("adamw", "muon"):
-        raise SystemExit(f"error: optimizer={cfg.optimizer!r}, known are adamw and muon")
-    groups = [g for g in groups if g["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
-                                    fused=params[0][1].device.type in ("cuda", "cpu"))]
+    lr = lr or cfg.lr
+    use_muon = getattr(cfg, "optimizer", "adamw") == "muon"
+    muon = []
+    matrices = []
+    vectors = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if use_muon and p.ndim == 2 and "blocks." in name and "router" not in name:
+            muon.append(p)
+        elif p.ndim >= 2:
+            matrices.append(p)
+        else:
+            vectors.append(p)
+    groups = []
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    adam_lr = cfg.adam_lr or lr if use_muon else lr
+    optimizers = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=True))
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, lr, cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def set_lr(optimizers, lr):
+def lr_at(step, cfg):
+    """Learning rate of a step: linear warmup, then cosine down to min_lr, or (decay_steps > 0) flat and a linear fall."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    decay_steps = getattr(cfg, "decay_steps", 0)
+    if decay_steps:
+        share = min(1.0, (cfg.max_steps - step) / decay_steps)
+    else:
+        done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * share
+
+
+def set_lr(optimizers, factor):
+    """Set every learning rate to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["peak_lr"] * factor
 
 
-def average_gradients(model, env):
-    """Replace gradients by their mean over the processes, in one all-reduce a step, after all micro-steps.
+def optimizer_step(model, optimizers, cfg, env):
+    """Clip the gradient to norm cfg.grad_clip (0: no clipping) and step; return the norm before clipping.
 
-    A parameter that a rank did not use counts as zero, so ranks never wait for each other in vain.
+    A gradient that is not finite ends the run before it reaches the weights, and so before anything is saved. Under
+    fp16 the scaler has made it too large: no optimizer steps, and the scaler tries a smaller scale.
     """
+    for optimizer in optimizers:
+        env.scaler.unscale_(optimizer)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf).item()
+    finite = math.isfinite(norm)
+    check(finite or env.scaler.is_enabled(), f"the gradient's norm is {norm}. {cfg.out_dir}/ckpt.pt is the last good "
+          f"checkpoint, if it is there; lower --lr (now {cfg.lr}) or raise --warmup_steps")
+    if finite:
+        for optimizer in optimizers:
+            env.scaler.step(optimizer)
+    env.scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+class DataParallel(DistributedDataParallel):
+    """DistributedDataParallel that also shows the model's own attributes, like model.config and model.head_weight."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def parallel(model, env):
+    """Return what to train: the model, or with several processes a wrapper that replaces gradients by their mean over
+    them, bucket by bucket while the backward pass still runs, wherever `require_backward_grad_sync` is set."""
     if env.world == 1:
-        return
-    params = [p for p in model.parameters() if p.requires_grad]
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.reshape(-1) for p in params])
-    dist.all_reduce(flat)
-    flat /= env.world
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(part.view_as(p))
+        return model
+    return DataParallel(model, gradient_as_bucket_view=True)
 
 
 def all_sum(values, env):
@@ -358,119 +371,205 @@ def all_sum(values, env):
     return total.tolist()
 
 
-def optimizer_step(model, optimizers, scaler, grad_clip):
-    """Unscale, clip to norm grad_clip (0: no clipping), step; return the norm before clipping."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    params = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path, checkpoint, tokenizer_file=None):
-    """Write a dict to path, whole or not at all: to a temporary name, flushed to disk, then renamed.
+def save_checkpoint(path, checkpoint):
+    """Write a dict to path, whole or not at all: to a temporary name, flushed to disk, then renamed."""
+    temporary = path + ".tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = str(error).splitlines()[0]
+        check(False, f"cannot write {path} ({reason}). What was there before is whole: make room and run it again")
 
-    tokenizer_file: copied beside it as tokenizer.model, so the folder is all that sample.py needs.
-    """
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    beside = os.path.join(folder, "tokenizer.model")
-    if tokenizer_file and not (os.path.exists(beside) and filecmp.cmp(tokenizer_file, beside, shallow=False)):
-        shutil.copyfile(tokenizer_file, os.path.join(folder, "tokenizer.tmp"))
-        os.replace(os.path.join(folder, "tokenizer.tmp"), beside)
-    with open(path + ".tmp", "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+
+def adapters_of(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+
+
+def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
+    """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic, …"""
+    if not env.main:
+        return
+    lora = getattr(model, "lora", None)
+    vocabulary = os.path.join(cfg.out_dir, "tokenizer.model")
+    if not os.path.exists(vocabulary):
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        tokenizer.save(vocabulary)
+    save_checkpoint(os.path.join(cfg.out_dir, name), {
+        "stage": stage_of(cfg),
+        "step": step,
+        "model": adapters_of(model) if lora else model.state_dict(),
+        "model_config": dataclasses.asdict(model.config),
+        "lora": lora,
+        "config": dataclasses.asdict(cfg),
+        "fingerprint": tokenizer.fingerprint,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "scaler": env.scaler.state_dict(),
+        **extra})
+
+
+def stage_of(cfg):
+    """The stage whose Config this is: "pretrain", "sft", …"""
+    module = type(cfg).__module__
+    if module == "__main__":
+        import __main__
+        module = os.path.splitext(os.path.basename(__main__.__file__))[0]
+    return module
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return the dict in path (a ckpt.pt or the folder that holds one), or leave with what to do when it is missing."""
+    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    if not os.path.isfile(path):
-        raise SystemExit(f"error: no checkpoint at '{path}'. Train one first, or name another folder")
-    return torch.load(path, map_location=device, weights_only=True)
+    check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # cut short, another format, or code where weights should be
+        check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of ours")
+    known = isinstance(checkpoint, dict) and {"stage", "model", "model_config", "fingerprint"} <= checkpoint.keys()
+    check(known, f"{path} is not a checkpoint of this project")
+    return checkpoint
 
 
-def newest_run(root="out", stages=None):
-    """Return the folder under root whose ckpt.pt is the newest, or leave with a message. stages: look only at these."""
-    runs = [os.path.join(root, name) for name in (os.listdir(root) if os.path.isdir(root) else [])]
-    runs = [r for r in runs if os.path.isfile(os.path.join(r, "ckpt.pt"))]
-    for run in sorted(runs, key=lambda r: os.path.getmtime(os.path.join(r, "ckpt.pt")), reverse=True):
-        if stages is None or load_checkpoint(run)["stage"] in stages:
-            return run
-    raise SystemExit(f"error: no {'/'.join(stages or ['trained'])} model under '{root}/'. "
-                     "Train one first (bash runs/quickstart.sh), or name a folder with --out_dir=")
+def newest_run(stages, root="out"):
+    """Return the folder under root whose ckpt.pt is the newest of these stages'; exits where there is none."""
+    folders = [entry.path for entry in os.scandir(root)] if os.path.isdir(root) else []
+    files = [os.path.join(folder, "ckpt.pt") for folder in folders]
+    files = [file for file in files if os.path.isfile(file)]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        if load_checkpoint(file)["stage"] in stages:
+            return os.path.dirname(file)
+    check(False, f"no {' or '.join(stages)} run under '{root}/'. Train one first (bash runs/quickstart.sh), or name a "
+          "folder with --out_dir=")
 
 
-def model_from(checkpoint, Model=Transformer):
-    """Build the model a checkpoint describes and fill it."""
-    model = Model(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"], strict=True)
-    return model
-
-
-def load_model(folder, device="cpu"):
-    """Return (model, tokenizer, checkpoint) of a run's folder, ready to generate; LoRA adapters are merged in."""
-    checkpoint = load_checkpoint(folder)
-    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
+def load_model(path, device="cpu"):
+    """Return (model, tokenizer, checkpoint) of a run's folder or file, ready to generate; adapters are merged in."""
+    checkpoint = load_checkpoint(path)
+    check(checkpoint["stage"] != "reward", f"{path} is a reward model: it scores answers and writes none")
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
-    if tokenizer.fingerprint != checkpoint["fingerprint"]:
-        raise SystemExit(f"error: {folder}/tokenizer.model is {tokenizer.fingerprint[:12]}, but the checkpoint was "
-                         f"trained with {checkpoint['fingerprint'][:12]}")
-    if "lora" not in checkpoint:
-        return model_from(checkpoint).to(device).eval(), tokenizer, checkpoint
-    path = os.path.normpath(os.path.join(folder, checkpoint["lora"]["base"]))
-    model, _, base = load_model(path)
-    if weights_hash(base["model"]) != checkpoint["lora"]["base_hash"]:
-        raise SystemExit(f"error: {path} has other weights now than when the adapters in {folder} were trained: "
-                         "train them again, or put the old base back")
-    model = merge_lora(load_lora(add_lora(model, **checkpoint["lora"]), checkpoint["model"]))
+    check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is {tokenizer.fingerprint[:12]}, "
+          f"but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
+    weights = checkpoint["model"]
+    lora = checkpoint.get("lora")
+    if lora:
+        base = os.path.normpath(os.path.join(folder, lora["base"]))
+        _, _, base_checkpoint = load_model(base)
+        weights = base_checkpoint["model"]
+        check(weights_hash(weights) == lora["base_hash"], f"{base} has other weights now than when the adapters in "
+              f"{folder} were trained: train them again, or put the old base back")
+        weights = merge_adapters(weights, checkpoint["model"], lora["alpha"] / lora["rank"])
+    model = Transformer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(weights, strict=True)
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def resume(cfg, env, models, optimizers, scaler):
-    """If cfg.out_dir holds a checkpoint and cfg.resume is set, load it; return (step, best_val, checkpoint or None).
+def load_reward_model(path, device="cpu", fingerprint=None):
+    """Return the ScalarModel of a run of reward.py; exits when it was trained with another tokenizer."""
+    checkpoint = load_checkpoint(path)
+    check(checkpoint["stage"] == "reward", f"{path} is a run of {checkpoint['stage']}.py, wanted one of reward.py")
+    check(fingerprint in (None, checkpoint["fingerprint"]), f"{path} was trained with another tokenizer "
+          f"({checkpoint['fingerprint'][:12]}) than the model it is to score ({str(fingerprint)[:12]})")
+    model = ScalarModel(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"], strict=True)
+    return model.to(device).eval()
 
-    models: {name in the checkpoint: module}, e.g. {"model": model} or {"model": actor, "critic": critic}.
+
+def merge_adapters(weights, adapters, scale):
+    """Return weights with each adapter's product added: W + scale * B A (LoRA, sec. 4.1)."""
+    merged = dict(weights)
+    for name in adapters:
+        if name.endswith("lora_a"):
+            layer = name.removesuffix("lora_a")
+            product = adapters[layer + "lora_b"] @ adapters[layer + "lora_a"]
+            merged[layer + "weight"] = weights[layer + "weight"] + scale * product
+    return merged
+
+
+def weights_hash(weights):
+    """sha256 of a state dict: adapters are worth nothing over another base, even one of the same shape."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def resume(cfg, env, model, optimizers, tokenizer, critic=None):
+    """Go on from cfg.out_dir/ckpt.pt where it is there and cfg.resume is set.
+
+    Return (step, lowest validation loss, checkpoint or None). Only a run of the same stage, model and batches goes on;
+    the folder that a stage starts from is never written to.
     """
+    base = getattr(cfg, "init_from", "")
+    base = base if os.path.isdir(base) else os.path.dirname(base)
+    check(not base or os.path.realpath(base) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run that "
+          "this one starts from, and would be overwritten. Choose another --out_dir")
+    lock(cfg.out_dir, env)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
-    if not (cfg.resume and os.path.exists(path)):
+    if not os.path.exists(path):
         if env.main:
             trim_log(cfg.out_dir, -1)
         return 0, math.inf, None
-    checkpoint = load_checkpoint(path, env.device)
-    theirs = {**checkpoint["model_config"], "lora": checkpoint.get("lora")}
-    ours = {**dataclasses.asdict(models["model"].config), "lora": getattr(models["model"], "lora", None)}
-    different = [f"{k} {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
-    if different:
-        raise SystemExit(f"error: {path} holds another model ({'; '.join(different)}). "
-                         "Choose another --out_dir, or start again with --resume=False")
-    for key, model in models.items():
-        load_lora(model, checkpoint[key]) if ours["lora"] else model.load_state_dict(checkpoint[key], strict=True)
+    checkpoint = load_checkpoint(path)
+    stage = stage_of(cfg)
+    check(checkpoint["stage"] == stage, f"{cfg.out_dir} holds a run of {checkpoint['stage']}.py, and {stage}.py would "
+          "overwrite it. Choose another --out_dir")
+    if not cfg.resume:
+        if env.main:
+            trim_log(cfg.out_dir, -1)
+        return 0, math.inf, None
+    check_same_run(path, checkpoint, cfg, model, tokenizer)
+    model.load_state_dict(checkpoint["model"], strict=not checkpoint["lora"])
+    if critic:
+        critic.load_state_dict(checkpoint["critic"], strict=True)
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    scaler.load_state_dict(checkpoint["scaler"])
+    env.scaler.load_state_dict(checkpoint["scaler"])
+    step = checkpoint["step"]
     if env.main:
-        now = {k: v for k, v in dataclasses.asdict(cfg).items() if checkpoint["config"].get(k) != v}
-        print(f"resuming {path} at step {checkpoint['step']} of {cfg.max_steps}"
-              + (f", with other settings than before: {now}" if now else ""))
-        if checkpoint["step"] >= cfg.max_steps:
+        then = checkpoint["config"]
+        now = {key: value for key, value in dataclasses.asdict(cfg).items() if then.get(key) != value}
+        print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {now or 'none'}")
+        if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
-        trim_log(cfg.out_dir, checkpoint["step"])
-    return checkpoint["step"], checkpoint["best_val"], checkpoint
+        trim_log(cfg.out_dir, step)
+    return step, checkpoint["best_val"], checkpoint
+
+
+def check_same_run(path, checkpoint, cfg, model, tokenizer):
+    """Exit where the checkpoint is not an earlier state of this very run."""
+    then = checkpoint["config"]
+    theirs = {**checkpoint["model_config"], "lora": checkpoint["lora"], "tokenizer": checkpoint["fingerprint"][:12]}
+    ours = {**dataclasses.asdict(model.config), "lora": getattr(model, "lora", None),
+            "tokenizer": tokenizer.fingerprint[:12]}
+    # which rows a step holds follows from its number: with other batches, rows would be left out or learned twice
+    for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir"):
+        if hasattr(cfg, key):
+            theirs[key] = then.get(key)
+            ours[key] = getattr(cfg, key)
+    rows_then = then["batch_size"] * then["grad_accum"]
+    if rows_then == cfg.batch_size * cfg.grad_accum:  # only shared out otherwise
+        for key in ("batch_size", "grad_accum"):
+            ours[key] = theirs[key]
+    different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items() if theirs.get(key) != value]
+    check(not different, f"{path} is of another run: {'; '.join(different)}. Use its settings, choose another --out_dir, "
+          "or start again with --resume=False")
 
 
 # ---------------------------------------------------------------------------- log
+
+
+FORMATS = {"lr": "{:.2e}", "mfu": "{:.0%}", "tok/s": "{:,.0f}"}  # all other numbers: {:.4f}
 
 
 def log(cfg, env, step, record):
@@ -479,57 +578,46 @@ def log(cfg, env, step, record):
         return
     words = []
     for name, value in record.items():
-        if name == "lr":
-            value = f"{value:.2e}"
-        elif name == "mfu" or name.endswith("share"):
-            value = f"{100 * value:.0f}%"
-        elif name == "left":
-            value = f"{int(value) // 3600}h{int(value) // 60 % 60:02d}m{int(value) % 60:02d}s"
-        elif isinstance(value, float):
-            value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
-        words.append(f"{name} {value}")
+        pattern = FORMATS.get(name, "{:.4f}")
+        words.append(f"{name} {pattern.format(value)}")
+    left = int(record.get("seconds", 0) * (cfg.max_steps - step))
+    words.append(f"left {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s")
     print(f"step {step}/{cfg.max_steps} | " + " | ".join(words), flush=True)
-    os.makedirs(cfg.out_dir, exist_ok=True)
     with open(os.path.join(cfg.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-        f.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+        f.write(json.dumps({"step": step, **record}) + "\n")
 
 
 def trim_log(out_dir, step):
     """Drop what log.jsonl says of steps after the checkpoint that a run resumes from: they will be done again."""
     path = os.path.join(out_dir, "log.jsonl")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(lines)
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by a kill goes, too
+                if json.loads(line)["step"] <= step:
+                    kept.append(line.rstrip("\n") + "\n")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
 
 
 def peak_flops(env):
-    """Return the FLOP/s that MFU is a share of: a GPU's data sheet, or a matrix product measured here (0: unknown)."""
-    if env.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        return next((1e12 * tflops for key, tflops in GPU_TFLOPS.items() if key in name), 0)
-    a = torch.randn(1536, 1536, device=env.device, dtype=env.dtype)
-    best = math.inf
-    for _ in range(20):
-        t = time.perf_counter()
-        (a @ a.T)[0, 0].item()
-        best = min(best, time.perf_counter() - t)
-    return 2 * 1536 ** 3 / best
-
-
-@contextlib.contextmanager
-def no_grad_eval(model):
-    """Context: evaluation mode and no gradients, then back to training mode."""
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
+    """Return the bf16 FLOP/s of the GPU's data sheet, which MFU is a share of; 0 where it is unknown."""
+    if env.device.type != "cuda":
+        return 0
+    words = re.split(r"[^A-Z0-9]+", torch.cuda.get_device_name(env.device).upper())
+    return max(1e12 * GPU_TFLOPS.get(word, 0) for word in words)
 
 
 def peak_memory(env):
-    """Return the peak memory of this process in bytes: the GPU's, or resident memory on CPU."""
+    """Return the peak memory of this process in bytes: the GPU's, or resident memory on a CPU (0 where unknown)."""
     if env.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024

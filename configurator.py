@@ -1,9 +1,9 @@
 """
 Settings for every script: defaults of its Config dataclass < a Python config file < --key=value.
 
-    from configurator import load_config
-    cfg = load_config(Config)                  # python pretrain.py config/baby.py --lr=3e-4
-    cfg = load_config(Config, positional="name")   # python prepare.py poems --vocab_size=8000
+    if __name__ == "__main__":
+        run(main, Config)                      # python pretrain.py config/baby.py --lr=3e-4
+        run(main, Config, positional="name")   # python prepare.py poems --vocab_size=8000
 
 A config file is plain Python (`batch_size = 8 * 64` works); each name it assigns must be a field of Config, unless it
 begins with an underscore. `--help` prints every field with its type, default and the comment on its line.
@@ -12,115 +12,159 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
 import runpy
+import signal
 import sys
+import time
+import traceback
 import types
+from typing import Annotated, Literal, get_args, get_origin
+
+# Types for the fields of a Config. They say which numbers make sense, so that nothing is trained with --batch_size=0.
+Count = Annotated[int, "a whole number, 1 or more", lambda x: x >= 1]
+Whole = Annotated[int, "a whole number, 0 or more", lambda x: x >= 0]
+Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
+NonNegative = Annotated[float, "a number, 0 or more", lambda x: 0 <= x < math.inf]
+Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+# ---------------------------------------------------------------------------- errors a user can mend
+
+
+def check(condition, message):
+    """Exit with `error: message` where a user's setting, file or data is at fault."""
+    if not condition:
+        fail(message)
+
+
+def fail(message):
+    """Exit with an error. Under torchrun all processes come here for the same reason: rank 0 speaks for them."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        # If rank 0 fails too, torchrun ends this process while it waits. Else the fault is this rank's own.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        message = f"rank {rank}: {message}"
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        # torchrun closes with a report of its own; what stands in this file becomes the reason it gives
+        reason = {"message": f"error: {message}", "extraInfo": {"py_callstack": f"error: {message}", "timestamp": 0}}
+        with open(report, "w", encoding="utf-8") as f:
+            json.dump({"message": reason}, f)
+    sys.exit(f"error: {message}")
+
+
+def run(main, Config, positional=None):
+    """Read the settings and call main(cfg). What a user can cause ends in one line instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # a console that cannot show Chinese (ASCII, cp1252) prints \u5e8a instead of ending the run
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main(load_config(Config, positional=positional))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        fail(error)
+    except Exception as error:
+        if "RANK" not in os.environ:
+            raise
+        if os.environ["RANK"] == "0":
+            traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------- settings
 
 
 def load_config(Config, argv=None, positional=None):
-    """Return a Config built from `argv` (default: sys.argv[1:]).
-
-    positional: name of the field that bare words fill (one word); without it a bare word is an error.
-    A user's mistake leaves the program with a message that names the key, the value found and the fix.
-    """
+    """Return a Config built from `argv` (default: sys.argv[1:]). positional: the field that a bare word fills."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, positional))
         sys.exit(0)
-    try:
-        return parse(Config, argv, positional)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-def parse(Config, argv, positional=None):
-    """Like load_config, but raises ValueError instead of leaving the program."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    values, source = {}, {}
-
-    def put(key, value, where):
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            raise ValueError(f"no setting '{key}'" + (f", did you mean '{near[0]}'?" if near else "")
-                             + f" (from {where}; --help lists them all)")
-        values[key], source[key] = convert(key, value, fields[key].type, where), where
-
-    for arg in argv:
-        if arg.startswith("--"):
-            if "=" not in arg:
-                raise ValueError(f"write {arg} as {arg}=VALUE")
-            key, _, value = arg[2:].partition("=")
-            put(key.replace("-", "_"), value, "command line")
-        elif arg.endswith(".py"):
-            if not os.path.isfile(arg):
-                raise ValueError(f"config file '{arg}' does not exist (in {os.getcwd()})")
-            for key, value in runpy.run_path(arg).items():
-                if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-                    continue
-                if source.get(key) != "command line":  # the command line wins wherever it stands
-                    put(key, value, arg)
-        elif positional and source.get(positional) != "command line":
-            put(positional, arg, "command line")
+    from_file = {}
+    from_words = {}
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            check(equals, f"write {word} as {word}=VALUE")
+            key = key.replace("-", "_")
+            from_words[key] = read_value(Config, key, value, "the command line")
+        elif word.endswith(".py"):
+            check(os.path.isfile(word), f"config file '{word}' does not exist (in {os.getcwd()})")
+            for key, value in runpy.run_path(word).items():
+                is_setting = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+                if is_setting:
+                    from_file[key] = read_value(Config, key, value, word)
         else:
-            raise ValueError(f"cannot read '{arg}': settings are --key=value, config files end in .py")
-    return Config(**values)
+            free = positional and positional not in from_words
+            check(free, f"cannot read '{word}': settings are --key=value, config files end in .py")
+            from_words[positional] = read_value(Config, positional, word, "the command line")
+    return Config(**{**from_file, **from_words})
 
 
-def convert(key, value, kind, where):
-    """Return `value` as type `kind` (bool, int, float or str); a string is parsed, a Python value is checked."""
-    kind = {"bool": bool, "int": int, "float": float, "str": str}.get(kind, kind)
-    error = ValueError(f"{key} wants {kind.__name__}, got {value!r} (from {where})")
+def read_value(Config, key, value, where):
+    """Return `value` in the type of the field `key`: a string is parsed, a value of Python is taken as it is."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1)
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        fail(f"no setting '{key}'{hint} (from {where}; --help lists them all)")
+    wanted = fields[key].type
+    if get_origin(wanted) is Literal:
+        choices = get_args(wanted)
+        check(value in choices, f"{key}={value!r} (from {where}): known are {', '.join(map(str, choices))}")
+        return value
+    kind = wanted
+    words = WORDS.get(wanted)
+    allowed = None
+    if get_origin(wanted) is Annotated:
+        kind, words, allowed = get_args(wanted)
+    error = f"{key} wants {words}, got {value!r} (from {where})"
+    value = parse(value, kind, error)
+    check(allowed is None or allowed(value), error)
+    return value
+
+
+def parse(value, kind, error):
+    """Return `value` as kind (bool, int, float or str), or exit with `error`."""
     if kind is str:
-        if not isinstance(value, str):
-            raise error
+        check(isinstance(value, str), error)
         return value
     if isinstance(value, str):
-        word = value.strip()
-        if kind is bool:
-            if word.lower() not in ("true", "false", "1", "0"):
-                raise error
-            return word.lower() in ("true", "1")
+        value = value.strip()
         try:
-            value = ast.literal_eval(word)
+            value = ast.literal_eval(value.title() if kind is bool else value)  # true is True
         except (ValueError, SyntaxError):
-            try:
-                value = float(word)  # inf, nan
-            except ValueError:
-                raise error from None
+            check(value in ("inf", "-inf", "nan"), error)
+            value = float(value)
     if kind is bool:
-        if not isinstance(value, bool):
-            raise error
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise error
-    if kind is int and value != value // 1:
-        raise error  # 1e5 is a fine int, 0.5 is not
+        check(isinstance(value, (bool, int)) and value in (0, 1), error)
+        return bool(value)
+    check(isinstance(value, (int, float)) and not isinstance(value, bool), error)
+    check(kind is float or value == value // 1, error)  # 1e5 is a fine int, 0.5 is not
     return kind(value)
 
 
 def changed(cfg):
     """Return {name: value} of the settings that differ from their defaults."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    values = {f.name: (getattr(cfg, f.name), f.default) for f in dataclasses.fields(cfg)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def help_text(Config, positional=None):
-    """Return the --help text: the script's docstring, then each field with type, default and comment."""
+    """Return the --help text: the script's docstring, then the lines of Config as they stand, with their comments."""
     doc = sys.modules[Config.__module__].__doc__ or ""
     lines = [doc.strip(), "", f"settings ({'NAME ' if positional else ''}[config.py] --key=value):"]
-    comments, group = {}, ""
-    for line in inspect.getsource(Config).splitlines()[1:]:
-        code, _, comment = line.partition("  #")
-        name = code.split(":")[0].strip()
-        if line.strip().startswith("# "):
-            group = line.strip()[2:]
-        elif name.isidentifier():
-            comments[name] = (group, comment.strip())
-            group = ""
-    for f in dataclasses.fields(Config):
-        group, comment = comments.get(f.name, ("", ""))
-        if group:
-            lines.append(f"  {group}")
-        kind = f.type if isinstance(f.type, str) else f.type.__name__
-        lines.append(f"    --{f.name}={f.default!r:<14} {kind:<6} {comment}")
+    for line in inspect.getsource(Config).splitlines():
+        line = line.strip()
+        if line.startswith("#"):
+            lines.append(f"  {line}")
+        elif ":" in line and "=" in line:
+            lines.append(f"    --{line}")
     return "\n".join(lines)

@@ -6,29 +6,25 @@ DPO: learn from ranked answers directly, without a reward model and without samp
     torchrun --standalone --nproc_per_node=4 dpo.py config/poems_dpo.py --grad_accum=4
 
 in:  out/<SFT run>/ckpt.pt (policy and reference), data/<name>/ of kind pairs: two or more completions a prompt
-out: out/<run>/ckpt.pt (run the same command again to go on), best.pt (lowest validation loss), tokenizer.model,
-     reference.pt (log-probs of the answers under the reference, computed once), log.jsonl
+out: out/<run>/ckpt.pt (run the same command again to go on), best.pt (lowest validation loss), tokenizer.model, log.jsonl
 
 Differs from the papers: (1) K ranked answers give K - 1 pairs, the best against each other, so that what is raised is
 always a best answer; (2) ipo, too, divides log-probs by the number of tokens, as its authors did in their experiments.
 """
-import dataclasses
-import hashlib
 import math
-import os
 import time
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_sum, answer_logps, average_gradients, catch_signals, collate, load_model, log, lr_at,
-                    make_optimizers, micro_steps, no_grad_eval, open_pairs, optimizer_step, peak_memory, resume,
-                    save_checkpoint, set_lr, shuffled, start)
-from configurator import load_config
-from lora import add_lora, lora_state_dict, weights_hash
+from common import (all_sum, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval, optimizer_step,
+                    parallel, resume, save, set_lr, start)
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+from data import get_prompts, mixed_rows, open_data, open_pairs, shuffled
+from lora import start_lora
+from loss import answer_logps, cross_entropy
 
 # in the log: share of pairs won, lead in implicit reward, log-probs of whole answers (nats), these less the reference's
 STATS = ("loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_ratio", "rejected_ratio")
@@ -42,47 +38,37 @@ class Config:
     out_dir: str = "out/dpo"
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
     # loss
-    loss: str = "dpo"              # dpo | cdpo | ipo | simpo | orpo (the last two need no reference)
-    beta: float = 0.1              # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda)
-    label_smoothing: float = 0.1   # cdpo: share of pairs taken to be the wrong way round
-    simpo_gamma: float = 0.5       # simpo: lead asked of the better answer
-    nll_weight: float = 0.0        # adds this much of the better answer's loss a token (RPO, arXiv 2404.19733)
-    cache_reference: bool = True   # False: a second model in memory computes its log-probs anew each step
+    loss: Literal["dpo", "cdpo", "ipo", "simpo", "orpo"] = "dpo"  # the last two need no reference
+    beta: Positive = 0.1           # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda)
+    label_smoothing: Share = 0.1   # cdpo: share of pairs taken to be the wrong way round
+    simpo_gamma: NonNegative = 0.5  # simpo: lead asked of the better answer
+    nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss a token (RPO, arXiv 2404.19733)
+    # conversations mixed in, so that preferences do not cost the chat
+    ptx_dir: str = ""              # data of kind sft or text
+    ptx_coef: NonNegative = 0.0    # weight of their loss; 0: none
+    ptx_rows: Count = 8            # a micro-step
     # adapters (lora.py)
-    lora_rank: int = 0             # 0: train all weights
-    lora_alpha: float = 16.0       # the adapters' product is scaled by alpha / rank
+    lora_rank: Whole = 0           # 0: train all weights
+    lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # batch: a step sees batch_size * grad_accum prompts with all their completions, whatever the number of processes
-    batch_size: int = 16           # prompts in a micro-step
-    grad_accum: int = 1            # micro-steps in a step, all processes together
+    batch_size: Count = 16         # prompts in a micro-step
+    grad_accum: Count = 1          # micro-steps in a step, all processes together
     # optimizer
-    max_steps: int = 200
-    optimizer: str = "adamw"       # adamw | muon
-    lr: float = 5e-6
-    min_lr: float = 5e-7
-    warmup_steps: int = 20
-    schedule: str = "cosine"       # cosine | wsd (flat, then a linear fall over decay_steps)
-    decay_steps: int = 0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0         # 0: no clipping
-    # evaluation and saving
-    eval_every: int = 50           # steps; 0: only at the end
-    eval_prompts: int = 500        # of the validation split, at most
-    save_every: int = 100          # steps
-    log_every: int = 1             # steps
+    max_steps: Count = 200
+    lr: Positive = 5e-6
+    min_lr: NonNegative = 5e-7     # at the last step
+    warmup_steps: Whole = 20
+    weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 1.0   # 0: no clipping
+    # every eval_every steps: STATS on held-out prompts, a checkpoint
+    eval_every: Count = 50
+    eval_prompts: Count = 500      # of the validation split, at most
+    log_every: Count = 1
     # machine
     device: str = "auto"
-    dtype: str = "auto"            # of products on a CPU: auto (bf16 where that is faster) | float32
-    seed: int = 1234
-
-
-def get_batch(split, bounds, prompts, pad_id, env):
-    """All completions of some prompts: (ids, targets, mask), each (R, T); documents (R); completions a prompt."""
-    rows = [range(bounds[p], bounds[p + 1]) for p in prompts]
-    documents = [i for row in rows for i in row]
-    return collate([split.document(i) for i in documents], pad_id, env.device), documents, [len(row) for row in rows]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
+    seed: Whole = 1234
 
 
 def best_against_each(sizes, device="cpu"):
@@ -90,9 +76,21 @@ def best_against_each(sizes, device="cpu"):
 
     sizes: completions of each prompt, whose rows follow each other, best first.
     """
-    starts = np.cumsum([0] + sizes[:-1]).tolist()
-    pairs = [(s, s + k, 1 / (K - 1) / len(sizes)) for s, K in zip(starts, sizes) for k in range(1, K)]
-    return [torch.tensor(column, device=device) for column in zip(*pairs)]
+    chosen = []
+    rejected = []
+    weights = []
+    first = 0
+    for size in sizes:
+        chosen += [first] * (size - 1)
+        rejected += range(first + 1, first + size)
+        weights += [1 / (size - 1) / len(sizes)] * (size - 1)
+        first += size
+    return [torch.tensor(column, device=device) for column in (chosen, rejected, weights)]
+
+
+def log1mexp(x):
+    """log(1 - exp(x)) of x < 0; where exp(x) rounds to 1 it stays finite, and so does its gradient."""
+    return torch.log(-torch.expm1(x.clamp(max=-1e-6)))
 
 
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, cfg):
@@ -100,177 +98,140 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
 
     chosen, rejected: log-probs of the answers, summed over tokens; ref_…: the reference's; len_…: tokens. All (P).
     """
-    beta, chosen_gain, rejected_gain = cfg.beta, chosen - ref_chosen, rejected - ref_rejected
-    if cfg.loss not in ("dpo", "cdpo"):  # the others compare log-probs a token; the reference of simpo and orpo is 0
-        chosen_gain, rejected_gain = chosen_gain / len_chosen, rejected_gain / len_rejected
+    chosen_gain = chosen - ref_chosen
+    rejected_gain = rejected - ref_rejected
+    if cfg.loss not in ("dpo", "cdpo"):
+        # the others compare log-probs a token; the reference of simpo and orpo is 0
+        chosen_gain = chosen_gain / len_chosen
+        rejected_gain = rejected_gain / len_rejected
     lead = chosen_gain - rejected_gain
-    if cfg.loss in ("dpo", "cdpo"):  # arXiv 2305.18290, eq. 7; Mitchell 2023, eq. 3
-        flipped = cfg.label_smoothing if cfg.loss == "cdpo" else 0.0
-        losses = -(1 - flipped) * F.logsigmoid(beta * lead) - flipped * F.logsigmoid(-beta * lead)
+    if cfg.loss == "dpo":            # arXiv 2305.18290, eq. 7
+        losses = -F.logsigmoid(cfg.beta * lead)
+    elif cfg.loss == "cdpo":         # Mitchell 2023, eq. 3
+        right = -F.logsigmoid(cfg.beta * lead)
+        wrong = -F.logsigmoid(-cfg.beta * lead)
+        losses = (1 - cfg.label_smoothing) * right + cfg.label_smoothing * wrong
     elif cfg.loss == "ipo":          # arXiv 2310.12036, eq. 17
-        losses = (lead - 1 / (2 * beta)) ** 2
+        losses = (lead - 1 / (2 * cfg.beta)) ** 2
     elif cfg.loss == "simpo":        # arXiv 2405.14734, eq. 6
-        losses = -F.logsigmoid(beta * lead - cfg.simpo_gamma)
+        losses = -F.logsigmoid(cfg.beta * lead - cfg.simpo_gamma)
     elif cfg.loss == "orpo":         # arXiv 2403.07691, eq. 6 and 7: odds = p / (1 - p)
-        log_odds = lead - torch.log(-torch.expm1(chosen_gain)) + torch.log(-torch.expm1(rejected_gain))
-        losses = -chosen_gain - beta * F.logsigmoid(log_odds)
-    else:
-        raise SystemExit(f"error: loss={cfg.loss!r}, known are dpo, cdpo, ipo, simpo and orpo")
+        log_odds = lead - log1mexp(chosen_gain) + log1mexp(rejected_gain)
+        losses = -chosen_gain - cfg.beta * F.logsigmoid(log_odds)
     losses = losses - cfg.nll_weight * chosen / len_chosen
-    return losses, beta * chosen_gain.detach(), beta * rejected_gain.detach()
+    return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 
 
-def batch_loss(model, batch, sizes, reference, cfg, env):
-    """Return the loss and STATS (7), both means over prompts. reference: the answers' log-probs under it (R)."""
-    logps, lengths = answer_logps(model, batch, env)
-    c, r, weight = best_against_each(sizes, env.device)
-    losses, *rewards = preference_loss(logps[c], logps[r], reference[c], reference[r], lengths[c], lengths[r], cfg)
-    ratios, margins = logps - reference, rewards[0] - rewards[1]
-    stats = torch.stack([losses, (margins > 0).float(), margins, logps[c], logps[r], ratios[c], ratios[r]]).detach()
-    return losses @ weight, stats @ weight
+def batch_loss(model, reference, batch, sizes, cfg, env):
+    """Return the loss and STATS (7), both means over prompts. reference: None for losses that need none."""
+    logps, lengths = answer_logps(model, batch, env)                               # (R), (R): the answers of all prompts
+    ref_logps = torch.zeros_like(logps)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logps, _ = answer_logps(reference, batch, env)
+    chosen, rejected, weights = best_against_each(sizes, env.device)               # each (P)
+    losses, chosen_reward, rejected_reward = preference_loss(
+        logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected], lengths[chosen], lengths[rejected], cfg)
+    margin = chosen_reward - rejected_reward
+    ratios = logps - ref_logps
+    stats = torch.stack([losses, (margin > 0).float(), margin, logps[chosen], logps[rejected], ratios[chosen],
+                         ratios[rejected]]).detach()                               # (7, P)
+    return losses @ weights, stats @ weights
 
 
-def evaluate(model, split, bounds, reference, cfg, pad_id, env):
+def evaluate(model, reference, split, cfg, pad_id, env):
     """Return STATS on the first eval_prompts of a split, shared among the processes."""
-    n = min(cfg.eval_prompts, len(bounds) - 1)
+    n_prompts = min(cfg.eval_prompts, len(split.prompt_bounds()) - 1)
     sums = torch.zeros(len(STATS), device=env.device)
     with no_grad_eval(model):
-        for i in range(env.rank * cfg.batch_size, n, env.world * cfg.batch_size):
-            batch, documents, sizes = get_batch(split, bounds, range(i, min(i + cfg.batch_size, n)), pad_id, env)
-            sums += batch_loss(model, batch, sizes, reference(split, batch, documents), cfg, env)[1] * len(sizes)
-    return [total / n for total in all_sum([*sums], env)]
-
-
-def all_logps(model, split, cfg, pad_id, env):
-    """Return the log-probs of all answers of a split (N), shared among the processes."""
-    logps, size = torch.zeros(len(split), device=env.device), 2 * cfg.batch_size
-    with no_grad_eval(model):
-        for i in range(env.rank * size, len(split), env.world * size):
-            documents = range(i, min(i + size, len(split)))
-            batch = collate([split.document(j) for j in documents], pad_id, env.device)
-            logps[i:i + size] = answer_logps(model, batch, env)[0]
-    if env.world > 1:
-        dist.all_reduce(logps)
-    return logps
-
-
-def cached_logps(model, splits, cfg, pad_id, env):
-    """Return all_logps of each split, from out_dir/reference.pt if that was made by this model from this data."""
-    digest = hashlib.sha256(f"{weights_hash(model.state_dict())} {env.dtype}".encode())
-    for array in (a for split in splits for a in (split.tokens, split.mask, split.idx)):
-        digest.update(array)
-    path, key = os.path.join(cfg.out_dir, "reference.pt"), digest.hexdigest()
-    cache = torch.load(path, map_location=env.device, weights_only=True) if os.path.exists(path) else {}
-    if cache.get("key") == key:
-        return cache["logps"]
-    logps = [all_logps(model, split, cfg, pad_id, env) for split in splits]
-    if env.main:
-        save_checkpoint(path, {"key": key, "logps": logps})
-    return logps
+        for first in range(env.rank * cfg.batch_size, n_prompts, env.world * cfg.batch_size):
+            prompts = range(first, min(first + cfg.batch_size, n_prompts))
+            batch, sizes = get_prompts(split, prompts, pad_id, env.device)
+            _, stats = batch_loss(model, reference, batch, sizes, cfg, env)
+            sums += stats * len(sizes)
+    return [total / n_prompts for total in all_sum([*sums], env)]
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
     env = start(cfg)
-    caught = catch_signals()
+    micro = micro_steps(cfg.grad_accum, env)
 
-    # ------------------------------------------------------------------------ model
-    model, tokenizer, base = load_model(cfg.init_from, env.device)
-    config, pad_id = model.config, tokenizer.pad_id
+    # ------------------------------------------------------------------------ models
+    model, tokenizer, _ = load_model(cfg.init_from, env.device)
+    pad_id = tokenizer.pad_id
+    # the reference is the model as it was: how far we have moved is measured from there
+    reference = None
+    if cfg.loss not in ("simpo", "orpo"):
+        reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    if cfg.lora_rank:
+        start_lora(model, cfg)
+    net = parallel(model, env)  # model, plus the exchange of gradients between processes
 
     # ------------------------------------------------------------------------ data
-    train, val, bounds, val_bounds, meta = open_pairs(cfg.data_dir, base["fingerprint"], config.max_seq_len)
-    n_prompts = len(bounds) - 1
-
-    # ------------------------------------------------------------------------ reference
-    free = cfg.loss in ("simpo", "orpo")
-    cache = cached_logps(model, (train, val), cfg, pad_id, env) if cfg.cache_reference and not free else None
-    frozen = None if cfg.cache_reference or free else load_model(cfg.init_from, env.device)[0].requires_grad_(False)
-    names = STATS[:5] if free else STATS
-
-    def reference(split, batch, documents):
-        """The reference's log-probs of the answers in a batch (R), documents of a split; 0 for losses without one."""
-        if cache:
-            return cache[0 if split is train else 1][documents]
-        with torch.no_grad():
-            return answer_logps(frozen, batch, env)[0] if frozen else torch.zeros(len(documents), device=env.device)
+    train, val, _ = open_pairs(cfg.data_dir, tokenizer.fingerprint, model.config.max_seq_len)
+    n_prompts = len(train.prompt_bounds()) - 1
+    if cfg.ptx_coef:
+        ptx = open_data(cfg.ptx_dir, fingerprint=tokenizer.fingerprint)[0]
+        check(cfg.ptx_rows % env.world == 0, f"ptx_rows={cfg.ptx_rows} must be a multiple of the {env.world} processes")
 
     # ------------------------------------------------------------------------ optimizer
-    if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets,
-                 base=os.path.relpath(cfg.init_from, cfg.out_dir), base_hash=weights_hash(base["model"]))
-    del base
     optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    step, best_val, _ = resume(cfg, env, {"model": model}, optimizers, scaler)
-    micro = micro_steps(cfg.grad_accum, env)
+    step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     if env.main:
-        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
-              f"{cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts:.2f} epochs")
-
-    def save(name, **extra):
-        if not env.main:
-            return
-        if cfg.lora_rank:
-            extra["lora"] = model.lora
-        save_checkpoint(os.path.join(cfg.out_dir, name), {
-            "stage": "dpo", "step": step, "model": lora_state_dict(model) if cfg.lora_rank else model.state_dict(),
-            "model_config": dataclasses.asdict(config), "config": dataclasses.asdict(cfg),
-            "fingerprint": meta["fingerprint"], "best_val": best_val, **extra,
-        }, os.path.join(cfg.data_dir, meta["tokenizer"]))
+        epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
+        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, {epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop
     model.train()
-    seconds = 0.0  # of training alone, since this start
-    steps_done = 0
     while step < cfg.max_steps:
-        t = time.perf_counter()
+        began = time.perf_counter()
         lr = lr_at(step, cfg)
-        set_lr(optimizers, lr)
-        sums, tokens = torch.zeros(len(STATS), device=env.device), 0
+        set_lr(optimizers, lr / cfg.lr)
+
+        # conversations mixed in come first: their gradients wait in the same place for those of the pairs
+        if cfg.ptx_coef:
+            x, y, weights = mixed_rows(ptx, step, cfg.ptx_rows, cfg.seed, pad_id, env)
+            net.require_backward_grad_sync = False
+            with env.autocast():
+                ptx_loss = cross_entropy(net(x), model.head_weight, y, weights)
+            env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
+
+        # gradients of all micro-steps add up; with several processes each works on its share of them
+        sums = torch.zeros(len(STATS), device=env.device)
         for i in micro:
-            prompts = shuffled(n_prompts, (step * cfg.grad_accum + i) * cfg.batch_size, cfg.batch_size, cfg.seed)
-            batch, documents, sizes = get_batch(train, bounds, prompts, pad_id, env)
-            loss, stats = batch_loss(model, batch, sizes, reference(train, batch, documents), cfg, env)
-            scaler.scale(loss / len(micro)).backward()
+            first = (step * cfg.grad_accum + i) * cfg.batch_size
+            prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
+            batch, sizes = get_prompts(train, prompts, pad_id, env.device)
+            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            loss, stats = batch_loss(net, reference, batch, sizes, cfg, env)
+            env.scaler.scale(loss / len(micro)).backward()
             sums += stats / cfg.grad_accum
-            tokens += sum(int(train.idx[d + 1] - train.idx[d]) for d in documents)
-        average_gradients(model, env)
-        *stats, tokens, stop = all_sum([*sums, tokens, float(bool(caught))], env)
-        if not math.isfinite(stats[0]):
-            raise SystemExit(f"error: the loss is {stats[0]} at step {step}. The last good checkpoint is "
-                             f"{cfg.out_dir}/ckpt.pt; lower --lr (now {cfg.lr}) or raise --warmup_steps")
-        norm = optimizer_step(model, optimizers, scaler, cfg.grad_clip)
+
+        # means over all processes, and whether one of them was asked to stop
+        *stats, stop = all_sum([*sums, len(env.signals)], env)
+        norm = optimizer_step(model, optimizers, cfg, env)
         step += 1
-        dt = time.perf_counter() - t
-        seconds, steps_done = seconds + dt, steps_done + 1
+        seconds = time.perf_counter() - began
 
+        # measure on held-out prompts now and then, and at the end
+        record = {**dict(zip(STATS, stats)), "lr": lr, "norm": norm, "seconds": seconds}
         last = step == cfg.max_steps
-        record = {**dict(zip(names, stats)), "lr": lr, "norm": norm, "tok/s": tokens / dt,
-                  "left": seconds / steps_done * (cfg.max_steps - step)}
-        if len(val) and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
-            val_stats = evaluate(model, val, val_bounds, reference, cfg, pad_id, env)
-            record.update({f"val_{name}": value for name, value in zip(names, val_stats)})
-            if record["val_loss"] < best_val:
-                best_val = record["val_loss"]
-                save("best.pt")
-        if last or stop or step % cfg.log_every == 0 or "val_loss" in record:
+        measure = last or step % cfg.eval_every == 0
+        if measure and len(val):
+            for name, value in zip(STATS, evaluate(model, reference, val, cfg, pad_id, env)):
+                record[f"val_{name}"] = value
+        if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
-        if last or stop or step % cfg.save_every == 0:
-            save("ckpt.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
+        if record.get("val_loss", math.inf) < best_val:
+            best_val = record["val_loss"]
+            save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+        if measure or stop:
+            save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
         if stop:
-            if env.main:
-                print(f"stopped by {caught[0] if caught else 'another process'} after step {step}; saved. "
-                      "The same command goes on from here.")
             break
-
-    if env.main:
-        print(f"{cfg.out_dir}/ckpt.pt: step {step}, best validation loss {best_val:.4f}, "
-              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. "
-              f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finish(cfg, env, step, f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
 
 
 if __name__ == "__main__":
-    main(load_config(Config))
+    run(main, Config)

@@ -10,17 +10,16 @@ out: out/<run>/ckpt.pt with whole weights, tokenizer.model
 What differs from the paper and peft: (1) q, k, v are one matrix and share one A, as do gate and up; (2) no dropout;
 (3) routed experts, the router and the embeddings are never adapted.
 """
-import hashlib
 import math
 import os
 import re
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear
+from common import load_model, save_checkpoint, weights_hash
+from configurator import check, run
 
 
 @dataclass
@@ -34,13 +33,16 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+        thin = F.linear(x, self.lora_a)                                            # (..., rank)
+        return super().forward(x) + F.linear(thin, self.lora_b) * self.scale
 
 
 def add_lora(model, rank, alpha, targets, base="", base_hash=""):
@@ -48,65 +50,40 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
 
     base, base_hash: where the frozen weights lie; kept with the rest in model.lora, which goes into the checkpoint.
     """
-    # the router's weight is read directly, not through its forward: an adapter on it would do nothing
-    layers = {name: m for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and "blocks." in name and not name.endswith("router")}
-    chosen = {name: m for name, m in layers.items() if re.search(rf"(^|\.)({targets})$", name)}
-    if not chosen or rank < 1:
-        raise SystemExit(f"error: lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or "
-                         f"more, the layers are {', '.join(sorted({name.split('.')[-1] for name in layers}))}")
+    layers = {}
+    for name, module in model.named_modules():
+        # the router's weight is read directly, not through its forward: an adapter on it would do nothing
+        if isinstance(module, nn.Linear) and "blocks." in name and not name.endswith("router"):
+            layers[name] = module
+    chosen = {name: layer for name, layer in layers.items() if re.search(rf"(^|\.)({targets})$", name)}
+    known = sorted({name.split(".")[-1] for name in layers})
+    check(chosen and rank > 0, f"lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or more, "
+          f"the layers are {', '.join(known)}")
     model.requires_grad_(False)
-    for name, linear in chosen.items():
-        model.set_submodule(name, LoRALinear(linear, rank, alpha))
+    for name, layer in chosen.items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha))
     model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "base": base, "base_hash": base_hash}
     return model
 
 
-def lora_state_dict(model):
-    return {name: t for name, t in model.state_dict().items() if "lora_" in name}
-
-
-def load_lora(model, state):
-    """Fill the adapters of a model that add_lora prepared; the names must be exactly the same."""
-    different = lora_state_dict(model).keys() ^ state.keys()
-    if different:
-        raise SystemExit(f"error: the checkpoint's adapters are not this model's: {sorted(different)[:3]} …")
-    model.load_state_dict(state, strict=False)
-    return model
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add every adapter to its weight and make the layers plain again."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            linear = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
-            linear.weight += module.scale * (module.lora_b @ module.lora_a)
-            model.set_submodule(name, linear)
-    del model.lora
-    return model.requires_grad_(True)
-
-
-def weights_hash(state):
-    """sha256 of a state dict: adapters are worth nothing over another base, even one of the same shape."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def start_lora(model, cfg):
+    """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from."""
+    base = os.path.relpath(cfg.init_from, cfg.out_dir)
+    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(model.state_dict()))
 
 
 def main(cfg):
-    from common import load_model, save_checkpoint  # here: common imports this file
-    model, _, checkpoint = load_model(cfg.run)
-    for key in ("lora", "optimizers", "scaler"):
-        checkpoint.pop(key, None)
-    folder = cfg.run if os.path.isdir(cfg.run) else os.path.dirname(cfg.run)
-    save_checkpoint(os.path.join(cfg.out, "ckpt.pt"), {**checkpoint, "model": model.state_dict()},
-                    os.path.join(folder, "tokenizer.model"))
-    print(f"{cfg.out}/ckpt.pt: the weights of {cfg.run} with its adapters added")
+    check(cfg.run and cfg.out, "name the run and a folder for the result: python lora.py out/poems-lora "
+          "--out=out/poems-merged")
+    model, tokenizer, checkpoint = load_model(cfg.run)
+    check(checkpoint["lora"], f"{cfg.run} holds no adapters, but whole weights: there is nothing to merge")
+    path = os.path.join(cfg.out, "ckpt.pt")
+    check(not os.path.exists(path), f"{path} exists, and would be overwritten. Choose another --out")
+    merged = {**checkpoint, "model": model.state_dict(), "lora": None, "optimizers": [], "scaler": {}}
+    save_checkpoint(path, merged)
+    tokenizer.save(os.path.join(cfg.out, "tokenizer.model"))
+    print(f"{path}: the weights of {cfg.run} with its adapters added")
 
 
 if __name__ == "__main__":
-    from configurator import load_config
-    main(load_config(Config, positional="run"))
+    run(main, Config, positional="run")

@@ -11,18 +11,20 @@ out: out/<run>/ckpt.pt (the last step; run the same command again to go on), bes
 """
 import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (GPU_TFLOPS, all_sum, average_gradients, catch_signals, compile_model, log, lr_at, make_optimizers,
-                    micro_steps, no_grad_eval, open_data, optimizer_step, peak_flops, peak_memory, resume,
-                    save_checkpoint, set_lr, shuffled, start)
-from configurator import load_config
+from common import (GPU_TFLOPS, all_sum, compile_blocks, finish, log, lr_at, make_optimizers, micro_steps, no_grad_eval,
+                    optimizer_step, parallel, peak_flops, resume, save, set_lr, start)
+from configurator import Count, NonNegative, Positive, Whole, check, run
+from data import open_data, shuffled
+from generate import generate
+from loss import cross_entropy, text_loss
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -36,244 +38,203 @@ class Config:
     # last stretch: in the final anneal_steps, anneal_rows of each micro-step come from anneal_dir (same tokenizer): the
     # texts to know by heart; the other rows keep the model from forgetting the rest
     anneal_dir: str = ""
-    anneal_steps: int = 0
-    anneal_rows: int = 4           # of the batch_size rows
+    anneal_steps: Whole = 0
+    anneal_rows: Count = 4         # of the batch_size rows
     # model (the vocabulary comes from the data, rounded up to a multiple of 64)
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
-    n_kv_heads: int = 0            # 0: as n_heads
-    head_dim: int = 0              # 0: dim / n_heads
-    hidden_dim: int = 0            # 0: 8/3 dim
-    max_seq_len: int = 512         # tokens the model can ever see at once
-    rope_theta: float = 10000.0
+    dim: Count = 512
+    n_layers: Count = 8
+    n_heads: Count = 8
+    n_kv_heads: Whole = 0          # 0: as n_heads
+    head_dim: Whole = 0            # 0: dim / n_heads
+    hidden_dim: Whole = 0          # 0: 8/3 dim
+    max_seq_len: Count = 512       # tokens the model can ever see at once
+    rope_theta: Positive = 10000.0
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    n_experts: int = 0             # 0: dense
-    n_active_experts: int = 2
-    n_shared_experts: int = 1
-    expert_hidden_dim: int = 0
-    first_dense: int = 1
-    bias_rate: float = 0.001       # step of the router bias that balances the experts
+    n_experts: Whole = 0           # 0: dense
+    n_active_experts: Count = 2
+    n_shared_experts: Whole = 1
+    expert_hidden_dim: Whole = 0
+    first_dense: Whole = 1
     # batch: a step sees batch_size * seq_len * grad_accum tokens, whatever the number of processes
-    seq_len: int = 0               # tokens in a row; 0: max_seq_len
-    batch_size: int = 16           # rows in a micro-step
-    grad_accum: int = 1            # micro-steps in a step, all processes together
+    seq_len: Whole = 0             # tokens in a row; 0: max_seq_len
+    batch_size: Count = 16         # rows in a micro-step
+    grad_accum: Count = 1          # micro-steps in a step, all processes together
     # optimizer
-    max_steps: int = 1000
-    optimizer: str = "adamw"       # adamw | muon
-    lr: float = 1e-3
-    min_lr: float = 1e-4
-    warmup_steps: int = 50
-    schedule: str = "cosine"       # cosine | wsd (flat, then a linear fall over decay_steps)
-    decay_steps: int = 0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0         # 0: no clipping
-    # evaluation and saving
-    eval_every: int = 250          # steps; 0: only at the end
-    eval_tokens: int = 1_000_000   # of the validation split, at most
-    save_every: int = 250          # steps
-    log_every: int = 1             # steps
-    sample_every: int = 0          # steps; 0: never
+    max_steps: Count = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: Positive = 1e-3
+    min_lr: NonNegative = 1e-4     # at the last step
+    adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
+    warmup_steps: Whole = 50
+    decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = 1.0   # 0: no clipping
+    # every eval_every steps: validation loss, a checkpoint, a sample
+    eval_every: Count = 250
+    eval_tokens: Count = 1_000_000  # of the validation split, at most
     sample_start: str = ""         # text that printed samples begin with
+    log_every: Count = 1
     # machine
     device: str = "auto"
-    dtype: str = "auto"            # of products on a CPU: auto (bf16 where that is faster) | float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
     compile: bool = True
-    seed: int = 1234
-    estimate: bool = False         # print parameters, memory and hours, then leave
+    checkpoint_blocks: bool = False  # compute a block again in the backward pass: a third more time, far less memory
+    seed: Whole = 1234
+    estimate: bool = False         # print parameters, memory and hours, then exit
 
 
-def get_batch(splits, cfg, step, micro_step, env):
-    """Rows of micro-step (step, micro_step): inputs (B, T) and the tokens that follow them, targets (B, T).
-
-    splits: [(split, rows to take from it), …], B rows in all.
-    """
-    T, x = cfg.seq_len, []
-    for split, count in splits:
-        first = (step * cfg.grad_accum + micro_step) * cfg.batch_size
-        n_rows = max(1, (len(split.tokens) - 1) // T - 1)
-        slack = len(split.tokens) - 1 - n_rows * T
-        for i, r in enumerate(shuffled(n_rows, first, count, cfg.seed), first):
-            # each epoch cuts the text into rows at other places, so that no text is learned by what stands before it
-            start = r * T + np.random.default_rng([cfg.seed, i // n_rows]).integers(slack + 1)
-            x.append(split.tokens[start:start + T + 1])
-    x = torch.from_numpy(np.stack(x).astype(np.int64))
+def get_batch(split, n_rows, cfg, step, micro_step, env):
+    """Return the first n_rows rows of a micro-step: inputs (n_rows, T) and the tokens that follow them."""
+    T = cfg.seq_len
+    rows_in_epoch = max(1, (len(split.tokens) - 1) // T - 1)
+    slack = len(split.tokens) - 1 - rows_in_epoch * T
+    first = (step * cfg.grad_accum + micro_step) * cfg.batch_size
+    rows = []
+    for i, row in enumerate(shuffled(rows_in_epoch, first, n_rows, cfg.seed), first):
+        # each epoch cuts the text into rows at other places, so that no text is learned by what stands before it
+        shift = np.random.default_rng([cfg.seed, i // rows_in_epoch]).integers(slack + 1)
+        begin = row * T + shift
+        rows.append(split.tokens[begin:begin + T + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))                       # (n_rows, T + 1)
     if env.device.type == "cuda":
-        x = x.pin_memory().to(env.device, non_blocking=True)
-    return x[:, :-1].to(env.device), x[:, 1:].to(env.device)
-
-
-def evaluate(model, split, cfg, env):
-    """Return (nats a token, bits a byte) on the first eval_tokens of a split; rows are shared among the processes.
-
-    Bits a byte = sum of nats / ln 2 / UTF-8 bytes: comparable between tokenizers.
-    """
-    T, n_tokens = cfg.seq_len, min(cfg.eval_tokens, len(split.tokens) - 1)
-    starts = range(0, n_tokens, T)
-    nats = torch.zeros((), device=env.device)
-    with no_grad_eval(model):
-        for i in range(env.rank * cfg.batch_size, len(starts), env.world * cfg.batch_size):
-            ids = np.zeros((cfg.batch_size, T), dtype=np.int64)  # always whole batches: one shape, compiled once
-            targets = np.full((cfg.batch_size, T), -1, dtype=np.int64)
-            for row, s in enumerate(starts[i:i + cfg.batch_size]):
-                end = min(s + T, n_tokens)
-                ids[row, :end - s], targets[row, :end - s] = split.tokens[s:end], split.tokens[s + 1:end + 1]
-            ids, targets = torch.from_numpy(ids).to(env.device), torch.from_numpy(targets).to(env.device)
-            with env.autocast():
-                nats += model(ids, targets, weights=(targets >= 0).float())
-    total = all_sum([nats], env)[0]
-    n_bytes = split.meta["bytes"] * n_tokens / len(split.tokens)
-    return total / n_tokens, total / math.log(2) / n_bytes
+        rows = rows.pin_memory().to(env.device, non_blocking=True)  # travels while the GPU still computes
+    rows = rows.to(env.device)
+    return rows[:, :-1], rows[:, 1:]
 
 
 def print_sample(model, tokenizer, cfg, env):
     """Print one sampled continuation of sample_start (after the token that begins every document)."""
-    model.eval()
     prompt = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
-    with env.autocast():
-        new = model.generate([prompt], min(100, cfg.max_seq_len - len(prompt)), temperature=0.8, top_p=0.95,
-                             stop_ids=[tokenizer.eot_id], seed=cfg.seed)[0]
-    print(f"sample: {cfg.sample_start}{tokenizer.decode(new, skip_special=True)}", flush=True)
-    model.train()
+    prompt = prompt[:cfg.max_seq_len // 2]
+    room = min(100, cfg.max_seq_len - len(prompt))
+    with no_grad_eval(model), env.autocast():
+        new = generate(model, [prompt], room, temperature=0.8, top_p=0.95, stop_ids=[tokenizer.eot_id], seed=cfg.seed)
+    print(f"sample: {cfg.sample_start}{tokenizer.decode(new[0], skip_special=True)}", flush=True)
 
 
 def estimate(model, cfg, env):
     """Print what a run needs, from the model on the meta device: parameters, FLOPs, memory, hours."""
     total, active = model.count()
+    c = model.config
     tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
     flops = model.flops_per_token(cfg.seq_len)
-    c, size = model.config, 2 if env.device.type == "cuda" else 4
-    width = 4 * c.dim + (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * 2 + 3 * c.hidden_dim
+    size = 4 if env.dtype == torch.float32 else 2
+    # what the backward pass needs of a token in a block: inputs of its products, q, k, v, and the parts of SwiGLU
+    width = 4 * c.dim + 2 * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim
+    width = c.dim if cfg.checkpoint_blocks else width
     activations = cfg.batch_size * cfg.seq_len * c.n_layers * width * size
     print(f"parameters      {total:,} ({active:,} multiply each token)")
     print(f"tokens          {tokens:,} ({cfg.max_steps:,} steps of {tokens // cfg.max_steps:,})")
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
     print(f"memory          {16 * total / 2**30:.1f} GiB for weights, gradients and AdamW, "
           f"about {activations / 2**30:.1f} GiB for activations (a process)")
-    peaks = {"this device": peak_flops(env)} | {name: 1e12 * GPU_TFLOPS[name] for name in ("4090", "A100", "H100")}
-    for name, peak in peaks.items():
-        if peak:
-            print(f"{name:<15} {flops * tokens / peak / 0.4 / 3600:,.2f} hours at 40% of {peak / 1e12:.1f} TFLOP/s")
+    for name in ("4090", "A100", "H100"):
+        peak = 1e12 * GPU_TFLOPS[name]
+        print(f"{name:<15} {flops * tokens / peak / 0.4 / 3600:,.1f} hours at 40% of {peak / 1e12:.0f} TFLOP/s")
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
     env = start(cfg)
-    caught = catch_signals()
+    micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
-    anneal = open_data(cfg.anneal_dir, "text", meta["fingerprint"])[0] if cfg.anneal_steps else None
-    tokenizer_file = os.path.join(cfg.data_dir, meta["tokenizer"])
-    tokenizer = load_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(cfg.data_dir)
+    by_heart = train
+    if cfg.anneal_steps:
+        by_heart = open_data(cfg.anneal_dir, "text", meta["fingerprint"])[0]
+        check(cfg.anneal_rows <= cfg.batch_size, f"anneal_rows={cfg.anneal_rows} exceeds batch_size={cfg.batch_size}")
     cfg.seq_len = cfg.seq_len or cfg.max_seq_len
-    if cfg.seq_len > cfg.max_seq_len:
-        raise SystemExit(f"error: seq_len={cfg.seq_len} is more than the model can see, max_seq_len={cfg.max_seq_len}. "
-                         "Lower the first or raise the second")
-    if len(val.tokens) < 2:
-        raise SystemExit(f"error: {cfg.data_dir} has no text held out for validation. Prepare it again with more text")
-    if cfg.anneal_steps and not 0 < cfg.anneal_rows <= cfg.batch_size:
-        raise SystemExit(f"error: anneal_rows={cfg.anneal_rows} must be from 1 to batch_size={cfg.batch_size}")
-    for folder, split in ((cfg.data_dir, train), (cfg.anneal_dir, anneal)):
-        if split is not None and len(split.tokens) <= cfg.seq_len:
-            raise SystemExit(f"error: {folder} has {len(split.tokens):,} training tokens, fewer than one row of "
-                             f"seq_len={cfg.seq_len}. Add text, or lower --seq_len")
+    check(cfg.seq_len <= cfg.max_seq_len, f"seq_len={cfg.seq_len} is more than the model can see, max_seq_len="
+          f"{cfg.max_seq_len}. Lower the first or raise the second")
+    check(len(val.tokens) > 1, f"{cfg.data_dir} has no text held out for validation. Prepare it again with more text")
+    shortest = min(len(train.tokens), len(by_heart.tokens))
+    check(shortest > cfg.seq_len, f"{cfg.data_dir} or {cfg.anneal_dir or 'it'} has {shortest:,} training tokens, fewer "
+          f"than one row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
 
     # ------------------------------------------------------------------------ model
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    config = ModelConfig(vocab_size=-(-meta["vocab_size"] // 64) * 64,
-                         **{k: v for k, v in dataclasses.asdict(cfg).items() if k in names})
+    shape = {name: value for name, value in vars(cfg).items() if name in names}
+    config = ModelConfig(vocab_size=math.ceil(meta["vocab_size"] / 64) * 64, **shape)
     if cfg.estimate:
         with torch.device("meta"):
             return estimate(Transformer(config), cfg, env)
     model = Transformer(config).to(env.device)
-    compile_model(model, cfg, env)
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    compile_blocks(model, cfg, env)
+    net = parallel(model, env)  # model, plus the exchange of gradients between processes
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    step, best_val, checkpoint = resume(cfg, env, {"model": model}, optimizers, scaler)
-    if checkpoint:
-        open_data(cfg.data_dir, "text", checkpoint["fingerprint"])  # leaves where the tokenizer is another one now
-    micro = micro_steps(cfg.grad_accum, env)
+    step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
-    flops, peak = model.flops_per_token(cfg.seq_len), peak_flops(env) if env.main else 0
+    flops_a_step = tokens_a_step * model.flops_per_token(cfg.seq_len)
+    peak = env.world * peak_flops(env)
     if env.main:
-        print(f"{model.count()[0]:,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = "
-              f"{cfg.max_steps * tokens_a_step / max(1, len(train.tokens)):.2f} epochs of {cfg.data_dir}")
-
-    def save(name, **extra):
-        save_checkpoint(os.path.join(cfg.out_dir, name), {
-            "stage": "pretrain", "step": step, "model": model.state_dict(), "model_config": dataclasses.asdict(config),
-            "config": dataclasses.asdict(cfg), "fingerprint": meta["fingerprint"], "best_val": best_val, **extra,
-        }, tokenizer_file)
-
-    def save_last():
-        if env.main:
-            save("ckpt.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
+        epochs = cfg.max_steps * tokens_a_step / len(train.tokens)
+        print(f"{model.count()[0]:,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = {epochs:.2f} "
+              f"epochs of {cfg.data_dir}")
 
     # ------------------------------------------------------------------------ loop
     model.train()
-    seconds = 0.0  # of training alone, since this start
-    steps_done = 0
     while step < cfg.max_steps:
-        t = time.perf_counter()
+        began = time.perf_counter()
         lr = lr_at(step, cfg)
-        set_lr(optimizers, lr)
-        splits = [(train, cfg.batch_size)]
-        if step >= cfg.max_steps - cfg.anneal_steps:
-            splits = [(anneal, cfg.anneal_rows), (train, cfg.batch_size - cfg.anneal_rows)]
+        set_lr(optimizers, lr / cfg.lr)
+
+        # gradients of all micro-steps add up; with several processes each works on its share of them
         loss = torch.zeros((), device=env.device)
         for i in micro:
-            x, y = get_batch(splits, cfg, step, i, env)
+            x, y = get_batch(train, cfg.batch_size, cfg, step, i, env)             # (B, T), (B, T)
+            if step >= cfg.max_steps - cfg.anneal_steps:
+                # the last stretch: some rows are replaced by texts to know by heart
+                n = cfg.anneal_rows
+                heart_x, heart_y = get_batch(by_heart, n, cfg, step, i, env)
+                x = torch.cat([heart_x, x[n:]])
+                y = torch.cat([heart_y, y[n:]])
+            # forward: hidden states, then how surprised the model is by each next token
+            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             with env.autocast():
-                micro_loss = model(x, y)
-            scaler.scale(micro_loss / len(micro)).backward()
+                micro_loss = cross_entropy(net(x), model.head_weight, y)
+            # backward: the scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
+            env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
-        average_gradients(model, env)
-        loss, stop = all_sum([loss, float(bool(caught))], env)
-        norm = optimizer_step(model, optimizers, scaler, cfg.grad_clip)
-        if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # the scaler skips steps of infinite norm
-            raise SystemExit(f"error: the loss is {loss} and the gradient's norm {norm} at step {step}. The last good "
-                             f"checkpoint is {cfg.out_dir}/ckpt.pt; lower --lr (now {cfg.lr}) or raise --warmup_steps")
+
+        # the mean loss of all processes, and whether one of them was asked to stop
+        loss, stop = all_sum([loss, len(env.signals)], env)
+        norm = optimizer_step(model, optimizers, cfg, env)
         if config.n_experts:
-            model.update_router_bias(cfg.bias_rate, dist.all_reduce if env.world > 1 else None)
+            model.update_router_bias(0.001, dist.all_reduce if env.world > 1 else None)
         step += 1
-        dt = time.perf_counter() - t
-        seconds, steps_done = seconds + dt, steps_done + 1
+        seconds = time.perf_counter() - began
 
+        # measure on held-out text now and then, and at the end
+        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": tokens_a_step / seconds, "seconds": seconds}
+        if peak:
+            record["mfu"] = flops_a_step / seconds / peak
         last = step == cfg.max_steps
-        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": tokens_a_step / dt, "seconds": dt,
-                  "mfu": flops * tokens_a_step / dt / peak / env.world if peak else 0.0,
-                  "left": seconds / steps_done * (cfg.max_steps - step)}
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
-            record["val_loss"], record["val_bits_per_byte"] = evaluate(model, val, cfg, env)
-            if record["val_loss"] < best_val:
-                best_val = record["val_loss"]
-                if env.main:
-                    save("best.pt")
-        if last or stop or step % cfg.log_every == 0 or "val_loss" in record:
+        measure = last or step % cfg.eval_every == 0
+        if measure:
+            record["val_loss"], record["val_bits_per_byte"] = text_loss(
+                model, val, cfg.seq_len, cfg.batch_size, cfg.eval_tokens, env)
+        if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
-        if env.main and cfg.sample_every and (last or step % cfg.sample_every == 0):
-            print_sample(model, tokenizer, cfg, env)
-        if last or stop or step % cfg.save_every == 0:
-            save_last()
-        if stop:
-            if env.main:
-                print(f"stopped by {caught[0] if caught else 'another process'} after step {step}; saved. "
-                      "The same command goes on from here.")
-            break
 
-    if env.main:
-        print(f"{cfg.out_dir}/ckpt.pt: step {step}, best validation loss {best_val:.4f}, "
-              f"peak memory {peak_memory(env) / 2**30:.2f} GiB. Try: python sample.py --out_dir={cfg.out_dir}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        # save first, look at samples afterwards: what is only looked at must not cost the run
+        if record.get("val_loss", math.inf) < best_val:
+            best_val = record["val_loss"]
+            save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+        if measure or stop:
+            save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+        if stop:
+            break
+        if measure and env.main:
+            print_sample(model, tokenizer, cfg, env)
+    finish(cfg, env, step, f"Try: python sample.py --out_dir={cfg.out_dir}")
 
 
 if __name__ == "__main__":
-    main(load_config(Config))
+    run(main, Config)

@@ -6,7 +6,7 @@ data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"
 reward_from = "out/poems-reward"
 out_dir = "out/poems-ppo"
-watch = "rewards.py:quatrain"
+watch = "recipes/rewards.py:quatrain"
 
 batch_size = 64
 max_new_tokens = 96

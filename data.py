@@ -1,0 +1,163 @@
+"""
+How rows come off the disk: a data folder made by prepare.py, memory-mapped, and the order in which a run reads it.
+
+    train, val, meta = open_data("data/poems", "text")
+    train.tokens[1000:1512]                  plain text is one long row of tokens
+    train.document(7)                        (ids, mask): a conversation, an answer, a prompt
+    shuffled(n, first, count, seed)          entries first ... of an endless shuffle of 0 ... n - 1
+"""
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configurator import check
+
+
+@dataclass(eq=False)
+class Split:
+    """One split of a data folder: memmaps, and its entry in meta.json. What a kind of data lacks is None."""
+    tokens: np.ndarray
+    mask: np.ndarray
+    idx: np.ndarray
+    group: np.ndarray
+    meta: dict
+
+    def __len__(self):
+        return len(self.idx) - 1
+
+    def document(self, i):
+        """Return (ids, mask) of document i, int64 and uint8; mask is None for prompts."""
+        part = slice(self.idx[i], self.idx[i + 1])
+        mask = None if self.mask is None else self.mask[part]
+        return self.tokens[part].astype(np.int64), mask
+
+    @functools.cache
+    def prompt_bounds(self):
+        """Return offsets (prompts + 1): prompt p owns documents bounds[p] … bounds[p + 1] - 1, the best one first."""
+        first_of_prompt = np.flatnonzero(np.diff(self.group, prepend=-1))
+        return np.append(first_of_prompt, len(self))
+
+
+def open_data(folder, kind=None, fingerprint=None):
+    """Return (train, val, meta). Exits when the folder is missing, of another kind, cut short, or made with another
+    tokenizer than `fingerprint`."""
+    path = os.path.join(folder, "meta.json")
+    name = os.path.basename(os.path.normpath(folder))
+    check(os.path.isfile(path), f"no data in '{folder}'. Make some: python prepare.py {name} --input=FILE_OR_FOLDER "
+          f"--kind={kind or 'text'}; or that of the poems: python prepare.py poems (-sft, -pairs, -prompts)")
+    with open(path, encoding="utf-8") as f:
+        meta = json.load(f)
+    check(kind in (None, meta["kind"]), f"'{folder}' holds data of kind {meta['kind']}, this stage reads {kind}")
+    check(fingerprint in (None, meta["fingerprint"]),
+          f"'{folder}' was made with tokenizer {meta['fingerprint'][:12]}, the checkpoint with {str(fingerprint)[:12]}. "
+          "Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
+
+    def memmap(name, dtype, length):
+        path = os.path.join(folder, name)
+        dtype = np.dtype(dtype).newbyteorder("<")
+        if not os.path.exists(path):
+            return None
+        size = os.path.getsize(path)
+        wanted = length * dtype.itemsize
+        check(size == wanted, f"{path} has {size:,} bytes, meta.json says {wanted:,}. Prepare the folder again")
+        return np.memmap(path, dtype, mode="r") if length else np.zeros(0, dtype)
+
+    splits = []
+    for split in ("train", "val"):
+        n_tokens = meta[split]["tokens"]
+        n_documents = meta[split]["documents"]
+        tokens = memmap(f"{split}.bin", meta["dtype"], n_tokens)
+        mask = memmap(f"{split}.mask", np.uint8, n_tokens)
+        idx = memmap(f"{split}.idx", np.int64, n_documents + 1)
+        group = memmap(f"{split}.group", np.int32, n_documents)
+        check(tokens is not None, f"{folder}/{split}.bin is missing. Prepare the folder again")
+        splits.append(Split(tokens, mask, idx, group, meta[split]))
+    return splits[0], splits[1], meta
+
+
+# ---------------------------------------------------------------------------- order
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def shuffled(n, first, count, seed):
+    """Return entries first … first+count-1 of an endless sequence that runs through 0 … n-1 in a new order each epoch.
+
+    It depends on nothing that ran before, so a run can go on from any step, and any process can ask for any part.
+    """
+    entries = np.empty(count, dtype=np.int64)
+    for i in range(count):
+        epoch, place = divmod(first + i, n)
+        entries[i] = permutation(n, seed, epoch)[place]
+    return entries
+
+
+# ---------------------------------------------------------------------------- documents
+
+
+def collate(documents, pad_id, device="cpu"):
+    """Right-pad documents [(ids, mask), …] and shift them: what follows a token is its target.
+
+    Return ids, targets, mask, each (B, T): mask[b, t] is 1 where targets[b, t] is a token to learn. Causal attention
+    never looks at the padding behind a row, so it needs no attention mask.
+    """
+    T = max(len(ids) for ids, _ in documents)
+    ids = np.full((len(documents), T), pad_id, dtype=np.int64)
+    mask = np.zeros((len(documents), T), dtype=np.float32)
+    for row, (document, learned) in enumerate(documents):
+        ids[row, :len(document)] = document
+        mask[row, :len(document)] = learned
+    ids = torch.from_numpy(ids).to(device)
+    mask = torch.from_numpy(mask).to(device)
+    return ids[:, :-1], ids[:, 1:], mask[:, 1:]
+
+
+def get_prompts(split, prompts, pad_id, device):
+    """All answers to some prompts: ids, targets, mask of collate(), each (R, T), and the number of answers to each."""
+    bounds = split.prompt_bounds()
+    documents = []
+    sizes = []
+    for p in prompts:
+        documents += [split.document(i) for i in range(bounds[p], bounds[p + 1])]
+        sizes.append(int(bounds[p + 1] - bounds[p]))
+    return collate(documents, pad_id, device), sizes
+
+
+def open_pairs(folder, fingerprint, max_seq_len):
+    """Open a folder of ranked answers; return (train, val, meta). Exits when the model cannot use all of it."""
+    train, val, meta = open_data(folder, "pairs", fingerprint)
+    for split in (train, val):
+        fewest = np.diff(split.prompt_bounds()).min(initial=2)
+        longest = np.diff(split.idx).max(initial=0)
+        check(fewest >= 2 and longest <= max_seq_len,
+              f"{folder} has a prompt with {fewest} answers (wanted: 2 or more) or a document of {longest} tokens (the "
+              f"model sees {max_seq_len}). Prepare it again with --max_length={max_seq_len}")
+    check(len(train), f"{folder} has no prompts to train on")
+    return train, val, meta
+
+
+def mixed_rows(split, number, n_rows, seed, pad_id, env):
+    """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before (PPO-ptx,
+    InstructGPT, eq. 2): conversations of a data folder of kind sft, or pieces of 128 tokens of one of kind text.
+
+    Return ids, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
+    """
+    documents = []
+    if split.idx is None:
+        n_pieces = (len(split.tokens) - 1) // 128
+        for piece in shuffled(n_pieces, number * n_rows, n_rows, seed):
+            tokens = split.tokens[128 * piece:128 * piece + 129].astype(np.int64)
+            documents.append((tokens, np.ones(len(tokens))))
+    else:
+        for i in shuffled(len(split), number * n_rows, n_rows, seed):
+            documents.append(split.document(i))
+    n_learned = sum(mask[1:].sum() for _, mask in documents)
+    ids, targets, mask = collate(documents[env.rank::env.world], pad_id, env.device)
+    return ids, targets, mask / float(max(n_learned, 1))

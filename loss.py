@@ -1,0 +1,191 @@
+"""
+How rows become losses, without ever holding all the logits: N tokens times a vocabulary of 150,000 would be gigabytes.
+
+    cross_entropy(x, head_weight, targets, weights)    the loss of pretraining and SFT, its gradient made beside it
+    token_logps(model, ids, targets, mask)             log-prob of each token, (B, T), with gradients: PPO
+    answer_logps(model, batch, env)                    their sums over each row's answer: DPO
+    score_answers(model, batch, env)                   a reward model's score of each row's answer
+    text_loss(model, split, ...)                       nats a token and bits a byte of a text
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common import all_sum, no_grad_eval
+
+
+def chunk_size(vocab_size, device):
+    """Rows of logits to hold at once: on a GPU enough to keep it busy, on a CPU what stays in its cache (16 MB)."""
+    return 4096 if device.type == "cuda" else max(128, 2 ** 22 // vocab_size)
+
+
+# ---------------------------------------------------------------------------- cross entropy
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk, the gradient made beside the loss.
+
+    Per token d loss / d logits = weight * (softmax - onehot); making it in the forward pass saves the logits' memory
+    (and on CPUs the time to fetch it) without computing them twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, with_grad):
+        on = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
+        rounded_head = head.to(dtype)
+        loss = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x) if with_grad else None
+        grad_head = torch.zeros_like(head) if with_grad else None
+        # 1/N is too small for fp16: products see weights relative to the largest, which comes back in fp32
+        scale = weights.amax().clamp(min=1e-30)
+        relative = weights / scale
+        rows = chunk_size(len(head), x.device)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            inputs = x[part].to(dtype)                                             # (rows, C)
+            logps = F.linear(inputs, rounded_head).float().log_softmax(-1)         # (rows, V)
+            target = targets[part].clamp(min=0)[:, None]
+            loss -= (weights[part, None] * logps.gather(1, target)).sum()
+            if with_grad:
+                grad = logps.exp_()                                                # softmax - onehot
+                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+                grad = grad.to(dtype)
+                # a row's weight is cheaper put on its C channels than on V logits
+                grad_x[part] = (grad @ rounded_head) * weights[part, None]
+                grad_head += (grad.T @ (inputs * relative[part, None]).to(dtype)) * scale
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grad_loss.to(grad_x.dtype), grad_head * grad_loss, None, None, None
+
+
+def cross_entropy(x, head_weight, targets, weights=None):
+    """Hidden states x (..., C), head_weight (V, C), targets (...) -> a scalar loss in nats.
+
+    weights (...): the loss is sum(weights * nll), so the caller decides what it is a mean of; without weights it is the
+    mean over targets that are not -1.
+    """
+    x = x.reshape(-1, x.size(-1))                                                  # (N, C)
+    targets = targets.reshape(-1)                                                  # (N)
+    if weights is None:
+        weights = (targets >= 0).float()
+        weights = weights / weights.sum().clamp(min=1)
+    else:
+        # what need not be learned needs no logits
+        weights = weights.reshape(-1).float()
+        learned = weights != 0
+        x = x[learned]
+        targets = targets[learned]
+        weights = weights[learned]
+    if len(x) == 0:
+        return x.sum() * 0.0
+    return ChunkedCrossEntropy.apply(x, head_weight, targets, weights, torch.is_grad_enabled())
+
+
+def text_loss(model, split, seq_len, batch_size, max_tokens, env):
+    """Return (nats a token, bits a byte) on the first max_tokens of a split; rows are shared among the processes.
+
+    Bits a byte = sum of nats / ln 2 / UTF-8 bytes: comparable between tokenizers.
+    """
+    n_tokens = min(max_tokens, len(split.tokens) - 1)
+    n_rows = math.ceil(n_tokens / seq_len)
+    nats = torch.zeros((), device=env.device)
+    with no_grad_eval(model):
+        for first in range(env.rank * batch_size, n_rows, env.world * batch_size):
+            # always whole batches, so that there is one shape to compile; -1 marks targets that do not count
+            ids = np.zeros(batch_size * seq_len, dtype=np.int64)
+            targets = np.full(batch_size * seq_len, -1, dtype=np.int64)
+            start = first * seq_len
+            end = min(start + len(ids), n_tokens)
+            ids[:end - start] = split.tokens[start:end]
+            targets[:end - start] = split.tokens[start + 1:end + 1]
+            x = torch.from_numpy(ids).view(batch_size, seq_len).to(env.device)
+            y = torch.from_numpy(targets).view(batch_size, seq_len).to(env.device)
+            with env.autocast():
+                nats += cross_entropy(model(x), model.head_weight, y, weights=(y >= 0).float())
+    total = all_sum([nats], env)[0]
+    n_bytes = split.meta["bytes"] * n_tokens / len(split.tokens)
+    return total / n_tokens, total / math.log(2) / n_bytes
+
+
+# ---------------------------------------------------------------------------- log-probs and scores of answers
+
+
+def chunk_logps(x, head_weight, targets, temperature):
+    """x (N, C), head_weight (V, C), targets (N) -> log-prob of each target, (N), in fp32."""
+    logits = F.linear(x, head_weight).float() / temperature
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def token_logps(model, ids, targets, mask, temperature=1.0, docs=None):
+    """Return log p(targets | ids), (B, T) in fp32, with gradients, where mask (B, T) is 1, and 0 elsewhere."""
+    wanted = mask > 0
+    x = model(ids, docs)[wanted]                                                   # (N, C)
+    chosen = targets[wanted]
+    logps = torch.zeros(targets.shape, device=x.device)
+    if len(x) == 0:
+        return logps + x.sum() * 0.0
+    # a chunk's logits are forgotten and made again in the backward pass
+    size = chunk_size(len(model.head_weight), x.device)
+    parts = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        parts.append(checkpoint(chunk_logps, x[part], model.head_weight, chosen[part], temperature,
+                                use_reentrant=False))
+    return logps.masked_scatter(wanted, torch.cat(parts))
+
+
+def like_lengths(ends):
+    """Split rows (R), of which only the first `ends` (R) tokens count, into groups of like length, so that little
+    padding is computed: a limited number of tokens a group, padding included, and at least one row."""
+    most = 65_536 if ends.is_cuda else 4_096
+    order = ends.argsort(stable=True)
+    sizes = [0]
+    for length in ends[order].tolist():
+        if sizes[-1] and (sizes[-1] + 1) * length > most:
+            sizes.append(0)
+        sizes[-1] += 1
+    return order.split(sizes)
+
+
+def answer_logps(model, batch, env, temperature=1.0):
+    """Return the log-prob of each row's answer with its <|im_end|>, prompt left out, and the answer's length, (R) each.
+
+    batch: ids, targets, mask, each (R, T), of collate().
+    """
+    ids, targets, mask = batch
+    place = torch.arange(1, ids.size(1) + 1, device=mask.device)
+    ends = (mask * place).amax(dim=1).long()                                       # tokens up to the answer's last
+    sums = torch.zeros(len(ids), device=ids.device)
+    for rows in like_lengths(ends):
+        T = ends[rows].max()
+        with env.autocast():
+            logps = token_logps(model, ids[rows, :T], targets[rows, :T], mask[rows, :T], temperature)
+        sums = sums.index_put((rows,), logps.sum(dim=1))
+    return sums, mask.sum(dim=1)
+
+
+def score_answers(model, batch, env):
+    """Return a reward model's score of each row (R), read at the answer's last token, the <|im_end|>.
+
+    batch: of collate(). What stands behind a row's end cannot change its score: attention is causal.
+    """
+    ids, targets, mask = batch
+    ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
+    place = torch.arange(1, ids.size(1), device=mask.device)
+    ends = (mask * place).amax(dim=1).long()
+    scores = torch.zeros(len(ids), device=ids.device)
+    for rows in like_lengths(ends):
+        T = ends[rows].max() + 1
+        with env.autocast():
+            part = model(ids[rows, :T])                                            # (rows, T)
+        scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
+    return scores
