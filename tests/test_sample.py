@@ -1,21 +1,34 @@
-"""sample.py: what goes to stdout, prompts from files, the chat. Answers come from tiny random models or scripts."""
+"""sample.py: which run speaks, what goes to stdout, prompts from files, the chat. Answers come from tiny random models
+or scripts."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 import sentencepiece
 import torch
 
+import sample
 from common import Env, load_checkpoint, load_model, save_checkpoint
+from configurator import load_config
 from conftest import ROOT
+from generate import generate
 from pairs import make_run, one_thread  # noqa: F401
-from sample import Config, chat, complete, fit, main, streamer
+from sample import Config, chat, complete, fit, main, stream
 from tokenizer import load_tokenizer, render_chat, train_tokenizer
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
+
+
+def make_stage(folder, tok, stage, age=0):
+    """A run of a stage, `age` seconds older than the newest."""
+    make_run(folder, tok)
+    save_checkpoint(f"{folder}/ckpt.pt", {**load_checkpoint(folder), "stage": stage})
+    os.utime(f"{folder}/ckpt.pt", (1e9 - age, 1e9 - age))
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +38,12 @@ def base(tmp_path_factory):
     tok = train_tokenizer(["春夜月好坏。0123456789 user assistant system\n"], str(root / "tok"), 300, character_coverage=1.0)
     assert len(tok.encode("霜")) == 3 and len(tok.encode("月")) == 1
     for age, name in enumerate(("new", "old")):
-        make_run(str(root / "out" / name), tok)
-        os.utime(root / "out" / name / "ckpt.pt", (1e9 - age, 1e9 - age))
+        make_stage(str(root / "out" / name), tok, "pretrain", age)
     return root, load_model(str(root / "out/new"))[0], tok
 
 
 class Script:
-    """Stands for a model: answers what it is told to, and remembers what it was asked."""
+    """Stands for a model and for generate(): answers what it is told to, and remembers what it was asked."""
     def __init__(self, tok, *answers, max_seq_len=1000):
         self.tok, self.answers, self.prompts, self.settings = tok, list(answers), [], []
         self.config = types.SimpleNamespace(max_seq_len=max_seq_len)
@@ -41,11 +53,19 @@ class Script:
         self.settings.append(settings)
         rows = [self.answers.pop(0) for _ in prompts]
         rows = [row if isinstance(row, list) else self.tok.encode(row) + [self.tok.im_end_id] for row in rows]
-        for step, i in enumerate(rows[0] if on_token else ()):
+        for i in rows[0] if on_token else ():
             if i == "Ctrl-C":
                 raise KeyboardInterrupt
-            on_token(step, [i])
+            on_token([i])
         return rows
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch):
+    """A Script speaks for itself, a model through generate()."""
+    def speak(model, *args, **settings):
+        return model.generate(*args, **settings) if isinstance(model, Script) else generate(model, *args, **settings)
+    monkeypatch.setattr(sample, "generate", speak)
 
 
 def talk(model, tok, lines, monkeypatch, **settings):
@@ -69,14 +89,15 @@ def rendered(tok, messages):
 
 
 def test_program_writes_samples_only(base):
+    """The line that people type first: a bare text."""
     root, model, tok = base
     stops = [tok.eot_id, tok.im_end_id]
-    ids = model.generate([[tok.eot_id] + tok.encode("春夜")], 12, temperature=0, stop_ids=stops)[0]
-    done = subprocess.run([sys.executable, f"{ROOT}/sample.py", "--start=春夜", "--max_new_tokens=12", "--temperature=0",
+    ids = generate(model, [[tok.eot_id] + tok.encode("春夜")], 12, temperature=0, stop_ids=stops)[0]
+    done = subprocess.run([sys.executable, f"{ROOT}/sample.py", "春夜", "--max_new_tokens=12", "--temperature=0",
                            "--device=cpu"], cwd=root, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "春夜" + tok.decode([i for i in ids if i not in stops]) + "\n"
-    assert f"{os.path.join('out', 'new')}: sft, step 1" in done.stderr
+    assert f"{os.path.join('out', 'new')}: pretrain, step 1" in done.stderr and "--out_dir=" in done.stderr
 
 
 def sampled(root, capsys, **settings):
@@ -94,17 +115,38 @@ def test_seeds_greedy_and_num_samples(base, capsys):
     assert five == sampled(root, capsys, seed=1, num_samples=5, batch_size=2)  # a sample depends on its number alone
 
 
-def test_newest_run_of_the_right_stage(base, tmp_path, capsys, monkeypatch):
+def test_newest_run_of_the_right_kind(base, tmp_path, capsys, monkeypatch):
+    """Texts are continued by the newest pretrained run, however many stages came after; chat takes the newest chat run."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="no .* model under 'out/'"):
-        main(Config(device="cpu"))
-    for age, stage in enumerate(("pretrain", "sft", "reward")):
-        make_run(f"out/{stage}", base[2])
-        save_checkpoint(f"out/{stage}/ckpt.pt", {**load_checkpoint(f"out/{stage}"), "stage": stage})
-        os.utime(f"out/{stage}/ckpt.pt", (1e9 - age % 2, 1e9 - age % 2))  # sft is the oldest
-    for talks, named in ((False, "out/pretrain: pretrain"), (True, "out/sft: sft")):
-        main(Config(start="春", device="cpu", max_new_tokens=2, chat=talks))
-        assert named in capsys.readouterr().err
+    tok = base[2]
+    words = {False: "pretrain", True: "sft or ppo or dpo"}
+    for talks in (False, True):
+        with pytest.raises(SystemExit, match=f"no {words[talks]} run under 'out/'"):
+            main(Config(start="春", device="cpu", chat=talks))
+    # from old to new: as the quickstart leaves them, and a second pretrained run older than the first
+    for age, name in enumerate(("dpo", "ppo", "reward", "sft", "pretrain", "pretrain-before")):
+        make_stage(f"out/{name}", tok, name.partition("-")[0], age)
+    for chats, named in ((False, "out/pretrain: pretrain"), (True, "out/dpo: dpo")):
+        main(Config(start="春", device="cpu", max_new_tokens=2, chat=chats))
+        said = capsys.readouterr().err
+        assert named in said and "--out_dir=" in said
+    for stage in ("ppo", "sft"):
+        os.remove("out/dpo/ckpt.pt" if stage == "ppo" else "out/ppo/ckpt.pt")
+        main(Config(start="春", device="cpu", max_new_tokens=2, chat=True))
+        assert f"out/{stage}: {stage}" in capsys.readouterr().err
+    main(Config(out_dir="out/pretrain-before", start="春", device="cpu", max_new_tokens=2, chat=True))  # if one insists
+    assert "out/pretrain-before: pretrain" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="reward model"):
+        main(Config(out_dir="out/reward", start="春", device="cpu"))
+
+
+@pytest.mark.parametrize("word", ["temperature=-1", "temperature=nan", "temperature=inf", "top_k=-1", "top_k=0.5", "top_p=-1",
+                                  "top_p=1.5", "top_p=0", "min_p=1.5", "min_p=-1", "repetition_penalty=0",
+                                  "repetition_penalty=-2", "num_samples=0", "max_new_tokens=-5", "max_new_tokens=0",
+                                  "batch_size=0"])
+def test_values_out_of_range_are_named(word):
+    with pytest.raises(SystemExit, match=f"error: {word.partition('=')[0]}"):
+        main(load_config(Config, ["--out_dir=out/none", "--device=cpu", f"--{word}"]))
 
 
 def test_prompts_from_files(base, tmp_path, capsys):
@@ -124,8 +166,33 @@ def test_prompts_from_files(base, tmp_path, capsys):
     assert model.prompts[2] == rendered(tok, [{"role": "system", "content": "好"}] + turns("春2"))
     for broken in ("", "{}\n", "[1]\n", "{\n"):
         jsonl.write_text(broken)
-        with pytest.raises(SystemExit, match="cannot read prompts"):
+        with pytest.raises(SystemExit, match="is empty" if not broken else "cannot read prompts"):
             complete(model, tok, Config(prompts=str(jsonl)), CPU)
+    with pytest.raises(SystemExit, match="cannot read prompts from no/where"):
+        complete(model, tok, Config(start="FILE:no/where"), CPU)
+
+
+def test_prompts_saved_by_windows(base, tmp_path, capsys):
+    """Neither the byte order mark nor carriage returns reach the model."""
+    tok = base[2]
+    for name, text in (("p.txt", "春\r\n"), ("p.jsonl", '{"prompt": "春"}\r\n')):
+        (tmp_path / name).write_bytes("\ufeff".encode() + text.encode())
+    model = Script(tok, "月", "月", "月")
+    complete(model, tok, Config(prompts=str(tmp_path / "p.txt")), CPU)
+    complete(model, tok, Config(prompts=str(tmp_path / "p.jsonl")), CPU)
+    complete(model, tok, Config(start=f"FILE:{tmp_path / 'p.txt'}"), CPU)
+    assert model.prompts == [[tok.eot_id] + tok.encode(text) for text in ("春", "春", "春\n")]
+    assert capsys.readouterr().out == '春月\n{"prompt": "春", "response": "月"}\n春\n月\n'
+
+
+def test_long_prompts(base, capsys):
+    """Of a prompt that the model cannot see whole, the end is kept, and there is room to go on."""
+    tok, model = base[2], Script(base[2], "月", max_seq_len=20)
+    ids = [tok.eot_id] + tok.encode("春" * 30 + "夜")
+    complete(model, tok, Config(start="春" * 30 + "夜"), CPU)
+    assert model.prompts == [ids[-10:]]
+    said = capsys.readouterr().err
+    assert f"a prompt has {len(ids)} tokens; its last 10 are kept" in said and "max_new_tokens=10" in said
 
 
 def test_continuation_keeps_the_space_before_its_first_word(tmp_path, capsys):  # as in Llama 2's vocabulary
@@ -141,12 +208,12 @@ def test_continuation_keeps_the_space_before_its_first_word(tmp_path, capsys):  
 def test_streams_whole_characters(base, monkeypatch):
     tok, written = base[2], []
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=written.append, flush=lambda: None))
-    on_token, finish = streamer(tok, [tok.im_end_id])
-    for step, i in enumerate(tok.encode("月霜好") + [tok.im_end_id, None] + tok.encode("霜")[:2]):
-        on_token(step, [i])
-    assert [w for w in written if w] == ["月", "霜", "好"]
-    finish()  # half a character is left
-    assert "".join(written) == "月霜好\ufffd\n"
+    ids = tok.encode("月霜好") + [tok.im_end_id]
+    assert stream(Script(tok, ids), tok, [tok.eot_id], 9, Config(chat=True), CPU, 0) == ids
+    assert [w for w in written if w] == ["月", "霜", "好", "\n"]
+    written.clear()
+    stream(Script(tok, tok.encode("月霜")[:3]), tok, [tok.eot_id], 9, Config(), CPU, 0)  # half a character is left
+    assert "".join(written) == "月\ufffd\n"
 
 
 def test_typed_special_tokens_are_text(base, capsys, monkeypatch):
@@ -164,9 +231,9 @@ def test_fit_drops_whole_oldest_turns(base):
     tok, system = base[2], [{"role": "system", "content": "好"}]
     history = system + turns("春" * 9, "夜", "月", "霜" * 5, "坏")
     size = {k: len(rendered(tok, system + history[k:])) for k in (1, 3, 5)}
-    for room, first, dropped in ((size[1], 1, 0), (size[1] - 1, 3, 1), (size[3] - 1, 5, 2), (size[5] - 1, 5, 2)):
-        kept, ids, n = fit(history, tok, room)
-        assert (kept, n, ids) == (system + history[first:], dropped, rendered(tok, kept))
+    for room, first in ((size[1], 1), (size[1] - 1, 3), (size[3] - 1, 5), (size[5] - 1, 5)):
+        kept, ids = fit(history, tok, room)
+        assert (kept, ids) == (system + history[first:], rendered(tok, kept))
     assert fit(history[1:], tok, 1)[0] == turns("坏")
 
 
@@ -190,7 +257,7 @@ def test_chat_in_a_small_window(base, capsys, monkeypatch):
     model = Script(tok, "夜", "月", "好", max_seq_len=60)
     talk(model, tok, ["春" * 12, "1", "坏" * 99, "2"], monkeypatch, max_new_tokens=30)
     assert model.prompts == [rendered(tok, turns(*texts)) for texts in (["春" * 12], ["1"], ["1", "月", "2"])]
-    assert capsys.readouterr().err.count("1 oldest turn forgotten") == 1
+    assert capsys.readouterr().err.count("oldest turns are forgotten") == 1
 
 
 def test_ctrl_c_stops_the_answer_only(base, capsys, monkeypatch):
@@ -198,3 +265,20 @@ def test_ctrl_c_stops_the_answer_only(base, capsys, monkeypatch):
     talk(model, tok, ["1", "2"], monkeypatch)
     assert model.prompts[1] == rendered(tok, turns("1", "春霜", "2"))
     assert capsys.readouterr().out == "春霜\n夜\n"
+
+
+def test_ctrl_c_in_a_real_chat(base, tmp_path):
+    """At the question it ends the chat, as the end of the input does, without an error."""
+    root, _, tok = base
+    chatter = str(root / "chatter")
+    make_stage(chatter, tok, "sft")
+    program = subprocess.Popen(
+        [sys.executable, "-u", f"{ROOT}/sample.py", "--chat=True", f"--out_dir={chatter}", "--device=cpu"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = b""
+    while b"\xe4\xbd\xa0: " not in said:
+        said += os.read(program.stderr.fileno(), 1000)
+    time.sleep(0.2)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(timeout=20) == 0, program.stderr.read()
+    assert program.stdout.read() == b"" and b"Traceback" not in program.stderr.read()
