@@ -170,9 +170,6 @@ def config_from_hf(theirs):
     wanted["partial_rotary_factor"] = 1.0
     usual = 0.5 if kind == "glm4_moe" else 1.0
     found["partial_rotary_factor"] = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", usual))
-    if kind == "llama":
-        wanted["attention_bias"] = False    # theirs has a bias on o_proj as well
-        found["attention_bias"] = bool(theirs.get("attention_bias"))
     for name, value in wanted.items():
         check(found[name] == value,
               f"config.json says {name}={found[name]!r}; our model computes {name}={value!r} alone")
