@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import C, KINDS, T, V, config_of, random_model, twin
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import (KVCache, MoE, ModelConfig, ScalarModel, Transformer, chunked_cross_entropy, document_positions,
-                   token_logps)
+from generate import generate
+from loss import cross_entropy, token_logps
+from model import KVCache, MoE, ModelConfig, ScalarModel, Transformer, document_positions
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,15 @@ def one_thread():
 
 def largest(difference):
     return difference.abs().max().item()
+
+
+def logits_of(model, ids, docs=None):
+    """ids (B, T) -> logits (B, T, V)."""
+    return model.logits(model(ids, docs))
+
+
+def loss_of(model, ids, targets, weights=None, docs=None):
+    return cross_entropy(model(ids, docs), model.head_weight, targets, weights)
 
 
 # ---------------------------------------------------------------------------- logits
@@ -31,7 +40,7 @@ def test_logits_equal_transformers(kind, seed):
     ours = random_model(kind, seed)
     ids = torch.randint(0, V, (2, T))
     with torch.no_grad():
-        assert largest(ours(ids) - twin(ours, kind)(ids).logits) < 1e-5
+        assert largest(logits_of(ours, ids) - twin(ours, kind)(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "dots1"])
@@ -39,8 +48,8 @@ def test_gradients_equal_transformers(kind):
     pytest.importorskip("transformers")
     ours = random_model(kind, 5)
     theirs = twin(ours, kind)
-    ids = torch.randint(0, V, (2, 20))
-    ours(ids[:, :-1], ids[:, 1:]).backward()
+    ids = torch.randint(1, V, (2, 20))  # token 0 pads: transformers gives its embedding no gradient
+    loss_of(ours, ids[:, :-1], ids[:, 1:]).backward()
     theirs(ids, labels=ids).loss.backward()
     theirs = dict(theirs.named_parameters())
     assert largest(ours.embed.weight.grad - theirs["model.embed_tokens.weight"].grad) < 1e-5
@@ -65,9 +74,9 @@ def test_the_oracle_sees_every_switch():
                             ("dots1", lambda m: setattr(m.blocks[1].ffn, "scale", 1.0)),
                             ("dots1", lambda m: setattr(m.blocks[1].ffn, "shared", None))]:
             ours = random_model(kind, 1)
-            before = ours(ids)
+            before = logits_of(ours, ids)
             spoil(ours)
-            assert largest(ours(ids) - before) > 1e-3, kind
+            assert largest(logits_of(ours, ids) - before) > 1e-3, kind
 
 
 def test_tied_model_has_one_matrix():
@@ -92,7 +101,7 @@ def test_default_expert_width_works():
     assert (c.hidden_dim, c.expert_hidden_dim) == (128, 48)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = Transformer(c)(torch.randint(0, V, (2, 8)), torch.randint(0, V, (2, 8)))
+            loss = loss_of(Transformer(c), torch.randint(0, V, (2, 8)), torch.randint(0, V, (2, 8)))
         loss.backward()
         assert loss.isfinite()
     with pytest.raises(ValueError, match="dim=40 and expert_hidden_dim=42 must be multiples of 8"):
@@ -109,7 +118,7 @@ def test_init():
         assert residual.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8 layers) = 4
     assert not model.blocks[0].attn.qkv.bias.any()
     assert (model.norm.weight == 1).all()
-    loss = model(torch.randint(0, V, (4, T)), torch.randint(0, V, (4, T)))
+    loss = loss_of(model, torch.randint(0, V, (4, T)), torch.randint(0, V, (4, T)))
     assert loss.item() == pytest.approx(math.log(V), abs=0.1)
 
 
@@ -147,133 +156,6 @@ def test_rotation_at_far_positions():
             assert largest(turned[0, position, 0] - wanted) < 4e-3
 
 
-# ---------------------------------------------------------------------------- loss
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(model_file, "chunk_size", lambda vocab_size: 7)
-
-
-def test_chunk_size_bounds_memory():
-    for vocab_size in (100, 6400, 64832, 152064):
-        rows = model_file.chunk_size(vocab_size)
-        assert rows >= 128 and (rows == 128 or rows * vocab_size * 4 <= 2 ** 24)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 20, 21])
-def test_chunked_loss_equals_cross_entropy(small_chunks, rows):
-    x, weight = torch.randn(rows, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
-    targets = torch.randint(0, V, (rows,))
-    targets[::3] = -1
-    weights = torch.rand(rows) * (targets >= 0)
-    nll = F.cross_entropy(x @ weight.T, targets, reduction="none", ignore_index=-1)
-    wanted = (weights * nll).sum()
-    wanted_grads = torch.autograd.grad(3 * wanted, (x, weight))
-    loss = chunked_cross_entropy(x, weight, targets, weights)
-    grads = torch.autograd.grad(3 * loss, (x, weight))
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for got, want in zip(grads, wanted_grads):
-        assert largest(got - want) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["llama", "llama_gqa"])  # tied and untied
-def test_model_loss_and_gradients(small_chunks, kind):
-    """With chunks of 7 rows, loss and every parameter's gradient equal those of the whole logits at once."""
-    model = random_model(kind, 2)
-    ids, targets = torch.randint(0, V, (3, 11)), torch.randint(0, V, (3, 11))
-    targets[0, :4] = targets[2] = -1
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    wanted_loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)
-    wanted = gradients(wanted_loss)
-    loss = model(ids, targets)
-    got = gradients(loss)
-    assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-6)
-    for name in wanted:
-        assert largest(got[name] - wanted[name]) < 1e-5, name
-    with torch.no_grad():
-        assert model(ids, targets).item() == pytest.approx(loss.item(), rel=1e-6)
-
-    weights = torch.rand(3, 11) * (targets >= 0)
-    nll = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    wanted = gradients((nll * weights.flatten()).sum())
-    got = gradients(model(ids, targets, weights=weights))
-    for name in wanted:
-        assert largest(got[name] - wanted[name]) < 1e-5, name
-
-
-def test_loss_where_nothing_counts():
-    model = random_model("llama")
-    loss = model(torch.randint(0, V, (2, 5)), torch.full((2, 5), -1))
-    loss.backward()
-    assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters())
-
-
-def test_loss_of_extreme_logits_is_finite():
-    x = torch.tensor([[1000.0, 0.0]])
-    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    for target, wanted in ((0, 0.0), (1, 2000.0)):
-        assert chunked_cross_entropy(x, weight, torch.tensor([target]), torch.ones(1)).item() == wanted
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps(small_chunks, temperature):
-    model = random_model("dots1", 3)
-    ids, targets = torch.randint(0, V, (2, 13)), torch.randint(0, V, (2, 13))
-    advantage, mask = torch.randn(2, 13), torch.rand(2, 13) < 0.6
-
-    full = F.log_softmax(model(ids) / temperature, dim=-1)
-    wanted = full.gather(2, targets[:, :, None]).squeeze(2)
-    wanted = wanted * mask
-    (wanted * advantage).sum().backward()
-    wanted_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    logps = model.logps(ids, targets, mask, temperature)
-    (logps * advantage).sum().backward()
-    assert logps.shape == (2, 13) and logps.dtype == torch.float32
-    assert largest(logps - wanted) < 1e-5
-    assert model.logps(ids, targets, torch.zeros(2, 13)).tolist() == [[0.0] * 13] * 2
-    for name, p in model.named_parameters():
-        assert largest(p.grad - wanted_grads[name]) < 2e-5, name
-
-
-def test_token_logps_by_hand():
-    """Logits ln 1, ln 2, ln 5 at temperature 1: probabilities 1/8, 2/8, 5/8."""
-    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    logps = token_logps(torch.ones(2, 1), weight, torch.tensor([1, 2]))
-    assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(5 / 8)])
-
-
-class Largest(TorchDispatchMode):
-    """Context that notes the number of elements of the largest tensor made inside it."""
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
-def test_the_logits_never_exist_at_once(small_chunks):
-    """Forward and backward of the loss and of logps make no tensor of rows * vocabulary elements."""
-    model = random_model("llama_gqa", vocab_size=1000)
-    ids, targets = torch.randint(0, V, (4, T)), torch.randint(0, V, (4, T))
-    for run in (lambda: model(ids, targets), lambda: model.logps(ids, targets, torch.ones(4, T)).sum()):
-        with Largest() as largest_tensor:
-            run().backward()
-        assert largest_tensor.elements == 1000 * C, "the largest should be the head's gradient, not logits"
-    with Largest() as largest_tensor:
-        F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
-    assert largest_tensor.elements == 4 * T * 1000
-
-
 # ---------------------------------------------------------------------------- cache, padding, packing
 
 
@@ -291,13 +173,13 @@ def test_cache_and_left_padding_equal_full_forward(kind):
     pad = torch.tensor([9 - 1, 9 - 4, 0])
     batch = torch.stack([F.pad(row[:len(row) - 12], (9 - (len(row) - 12), 0)) for row in rows])
     cache = KVCache(model.config, pad, 9 + 12, torch.float32)
-    steps = [model.hidden(batch, cache=cache)]
+    steps = [model(batch, cache=cache)]
     for t in range(12):
         token = torch.stack([row[len(row) - 12 + t] for row in rows])
-        steps.append(model.hidden(token[:, None], cache=cache))
-    logits = F.linear(torch.cat(steps, dim=1), model.head_weight)                  # (3, 9 + 12, V)
+        steps.append(model(token[:, None], cache=cache))
+    logits = model.logits(torch.cat(steps, dim=1))                                 # (3, 9 + 12, V)
     for i, row in enumerate(rows):
-        assert largest(logits[i, pad[i]:] - model(row[None])[0]) < 2e-5, f"row {i}"
+        assert largest(logits[i, pad[i]:] - logits_of(model, row[None])[0]) < 2e-5, f"row {i}"
     assert cache.length == 21
 
 
@@ -307,18 +189,18 @@ def test_cache_without_padding(kind):
     model = random_model(kind, 6)
     ids = torch.randint(0, V, (4, 20))
     cache = KVCache(model.config, torch.zeros(4, dtype=torch.long), 20, torch.float32)
-    parts = [model.hidden(ids[:, :5], cache=cache)] + [model.hidden(ids[:, t:t + 1], cache=cache) for t in range(5, 20)]
+    parts = [model(ids[:, :5], cache=cache)] + [model(ids[:, t:t + 1], cache=cache) for t in range(5, 20)]
     assert not cache.ragged
-    assert largest(F.linear(torch.cat(parts, dim=1), model.head_weight) - model(ids)) < 2e-5
+    assert largest(model.logits(torch.cat(parts, dim=1)) - logits_of(model, ids)) < 2e-5
 
 
 def test_a_filled_cache_takes_one_token():
     model = random_model("llama")
     cache = KVCache(model.config, torch.zeros(1, dtype=torch.long), 20, torch.float32)
     with torch.no_grad():
-        model.hidden(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+        model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
         with pytest.raises(AssertionError, match="one token at a time, got 3"):
-            model.hidden(torch.zeros(1, 3, dtype=torch.long), cache=cache)
+            model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,11 +211,11 @@ def test_packed_documents_equal_each_alone(kind):
     rows = [[torch.randint(0, V, (n,)) for n in row] for row in lengths]
     ids = torch.stack([torch.cat(row) for row in rows])
     docs = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths])
-    packed = model(ids, docs=docs)
+    packed = logits_of(model, ids, docs)
     for row, got in zip(rows, packed):
-        alone = torch.cat([model(document[None])[0] for document in row])
+        alone = torch.cat([logits_of(model, document[None])[0] for document in row])
         assert largest(got - alone) < 2e-5
-    assert largest(packed - model(ids)) > 1e-2  # without docs they do see each other
+    assert largest(packed - logits_of(model, ids)) > 1e-2  # without docs they do see each other
 
 
 def test_packed_loss_and_logps():
@@ -342,9 +224,9 @@ def test_packed_loss_and_logps():
     ids, targets = torch.cat([a[:, :-1], b[:, :-1]], 1), torch.cat([a[:, 1:], b[:, 1:]], 1)
     docs = torch.tensor([[0] * 8 + [1] * 5])
     with torch.no_grad():
-        wanted = (8 * model(a[:, :-1], a[:, 1:]) + 5 * model(b[:, :-1], b[:, 1:])) / 13
-        assert model(ids, targets, docs=docs).item() == pytest.approx(wanted.item(), rel=1e-5)
-        logps = model.logps(ids, targets, torch.ones(1, 13), docs=docs)
+        wanted = (8 * loss_of(model, a[:, :-1], a[:, 1:]) + 5 * loss_of(model, b[:, :-1], b[:, 1:])) / 13
+        assert loss_of(model, ids, targets, docs=docs).item() == pytest.approx(wanted.item(), rel=1e-5)
+        logps = token_logps(model, ids, targets, torch.ones(1, 13), docs=docs)
         assert -logps.mean().item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
@@ -355,7 +237,7 @@ def test_no_token_sees_the_future():
         ids = torch.randint(0, V, (1, 20))
         other = ids.clone()
         other[0, 12:] = (other[0, 12:] + 1) % V
-        a, b = model(ids), model(other)
+        a, b = logits_of(model, ids), logits_of(model, other)
         assert largest(a[0, :12] - b[0, :12]) < 1e-5 and largest(a[0, 12:] - b[0, 12:]) > 1e-2
 
 
@@ -366,7 +248,7 @@ def test_scalar_model():
     ids = torch.randint(0, V, (2, 9))
     scores = scalar(ids)
     assert scores.shape == (2, 9) and scores.dtype == torch.float32
-    assert largest(scores - (scalar.trunk.hidden(ids) @ scalar.head.weight[0] + scalar.head.bias)) < 1e-5
+    assert largest(scores - (scalar.trunk(ids) @ scalar.head.weight[0] + scalar.head.bias)) < 1e-5
     assert scalar.head.weight.std().item() == pytest.approx(1 / math.sqrt(C + 1), rel=0.3)
     # the trunk takes a Transformer's weights under their own names (but the head)
     weights = {k: v for k, v in random_model("llama_gqa").state_dict().items() if k != "lm_head.weight"}
@@ -422,7 +304,7 @@ def test_router_bias_has_no_gradient_and_is_saved():
     model = random_model("dots1")
     assert not any(name.endswith("ffn.bias") for name, _ in model.named_parameters())
     assert "blocks.1.ffn.bias" in model.state_dict() and "blocks.1.ffn.load" not in model.state_dict()
-    model(torch.randint(0, V, (2, 8)), torch.randint(0, V, (2, 8))).backward()
+    loss_of(model, torch.randint(0, V, (2, 8)), torch.randint(0, V, (2, 8))).backward()
     assert not model.blocks[1].ffn.bias.requires_grad and model.blocks[1].ffn.bias.grad is None
 
 
@@ -431,7 +313,7 @@ def test_load_is_counted_in_training_only():
     ids = torch.randint(0, V, (2, 8))
     moe = model.blocks[1].ffn
     model(ids)
-    model.generate([[1, 2]], 3)
+    generate(model, [[1, 2]], 3)
     assert moe.load.sum() == 0
     before = moe.bias.clone()
     model.update_router_bias(0.1)   # nothing was counted, so nothing moves: frozen
@@ -482,7 +364,7 @@ def test_balancing_lowers_the_load_of_the_busiest_expert():
         shares[rate] = []
         for step in range(80):
             ids = torch.randint(0, V, (8, 17))
-            model(ids[:, :-1], ids[:, 1:]).backward()
+            loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
             optimizer.step()
             optimizer.zero_grad()
             loads = [block.ffn.load for block in model.blocks[1:]]
@@ -526,20 +408,20 @@ def test_gpu_equals_cpu(kind):
     model = random_model(kind, 13)
     ids = torch.randint(0, V, (2, 33))
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    logits, greedy = model(ids).detach(), model.generate(prompts, 20, temperature=0)
-    loss = model(ids[:, :-1], ids[:, 1:])
+    logits, greedy = logits_of(model, ids).detach(), generate(model, prompts, 20, temperature=0)
+    loss = loss_of(model, ids[:, :-1], ids[:, 1:])
     loss.backward()
     gradient = model.blocks[1].ffn.down.grad if kind == "dots1" else model.blocks[1].ffn.down.weight.grad
     cuda = random_model(kind, 13).cuda()
     gpu_ids = ids.cuda()
-    assert largest(cuda(gpu_ids).detach().cpu() - logits) < 1e-4
-    assert cuda.generate(prompts, 20, temperature=0) == greedy
-    gpu_loss = cuda(gpu_ids[:, :-1], gpu_ids[:, 1:])
+    assert largest(logits_of(cuda, gpu_ids).detach().cpu() - logits) < 1e-4
+    assert generate(cuda, prompts, 20, temperature=0) == greedy
+    gpu_loss = loss_of(cuda, gpu_ids[:, :-1], gpu_ids[:, 1:])
     gpu_loss.backward()
     there = cuda.blocks[1].ffn.down.grad if kind == "dots1" else cuda.blocks[1].ffn.down.weight.grad
     assert gpu_loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert largest(there.cpu() - gradient) < 1e-4
     with torch.autocast("cuda", torch.bfloat16):
-        half = cuda(gpu_ids[:, :-1], gpu_ids[:, 1:])
+        half = loss_of(cuda, gpu_ids[:, :-1], gpu_ids[:, 1:])
         half.backward()
     assert half.item() == pytest.approx(loss.item(), abs=0.05)
