@@ -1,8 +1,9 @@
 """
-What test_reward.py and test_dpo.py share: a tiny run to start from, preference data as prepare.py lays it out, a stage
-run in two processes or killed half-way. Not a test file.
+What the tests of the stages share: a tiny run to start from, data folders as prepare.py lays them out, a stage run in
+two processes, killed half-way or in two parts, and plain loops over rows of text. Not a test file.
 """
 import dataclasses
+import gc
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import load_checkpoint, save_checkpoint
 from conftest import ROOT
@@ -19,22 +21,33 @@ from model import ModelConfig, Transformer
 from tokenizer import render_chat, train_tokenizer
 
 
-def write_pairs(folder, tok, splits):
-    """splits: {"train": prompts, "val": prompts}, a prompt being its completions [(ids, mask), …], best first."""
+def write_folder(folder, tok, kind, splits):
+    """splits: {"train": documents, "val": documents} of (ids, mask); of kind text one row of ids. Return meta.json."""
     os.makedirs(folder)
-    meta = {"kind": "pairs", "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
+    meta = {"kind": kind, "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
             "tokenizer": "tokenizer.model"}
-    for split, prompts in splits.items():
-        documents = [document for prompt in prompts for document in prompt]
+    for split, documents in splits.items():
+        if kind == "text":
+            np.array(documents, "<u2").tofile(f"{folder}/{split}.bin")
+            meta[split] = {"tokens": len(documents), "documents": 1, "bytes": 3 * len(documents)}
+            continue
         np.array([i for ids, _ in documents for i in ids], "<u2").tofile(f"{folder}/{split}.bin")
-        np.array([m for _, mask in documents for m in mask], np.uint8).tofile(f"{folder}/{split}.mask")
         idx = np.cumsum([0] + [len(ids) for ids, _ in documents]).astype(np.int64)
         idx.tofile(f"{folder}/{split}.idx")
-        np.array([g for g, prompt in enumerate(prompts) for _ in prompt], np.int32).tofile(f"{folder}/{split}.group")
+        if kind != "prompts":
+            np.array([m for _, mask in documents for m in mask], np.uint8).tofile(f"{folder}/{split}.mask")
         meta[split] = {"tokens": int(idx[-1]), "documents": len(documents)}
     with open(f"{folder}/meta.json", "w") as f:
         json.dump(meta, f)
     tok.save(f"{folder}/tokenizer.model")
+
+
+def write_pairs(folder, tok, splits):
+    """splits: {"train": prompts, "val": prompts}, a prompt being its completions [(ids, mask), …], best first."""
+    flat = {split: [document for prompt in prompts for document in prompt] for split, prompts in splits.items()}
+    write_folder(folder, tok, "pairs", flat)
+    for split, prompts in splits.items():
+        np.array([g for g, prompt in enumerate(prompts) for _ in prompt], np.int32).tofile(f"{folder}/{split}.group")
 
 
 def make_run(folder, tok, seed=1, **changes):
@@ -44,7 +57,8 @@ def make_run(folder, tok, seed=1, **changes):
     config = ModelConfig(**{**small, **changes})
     save_checkpoint(f"{folder}/ckpt.pt", {
         "stage": "sft", "step": 1, "model": Transformer(config).state_dict(),
-        "model_config": dataclasses.asdict(config), "config": {}, "fingerprint": tok.fingerprint, "best_val": 1.0})
+        "model_config": dataclasses.asdict(config), "config": {}, "lora": None, "fingerprint": tok.fingerprint,
+        "best_val": 1.0})
     tok.save(f"{folder}/tokenizer.model")
 
 
@@ -72,7 +86,7 @@ def place(tmp_path_factory):
     return root, tok
 
 
-def run_in_two(script, out_dir, settings):
+def run_in_two(script, out_dir, settings, seconds=180):
     """Run a stage in two processes that talk over gloo, as torchrun would start them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -83,9 +97,13 @@ def run_in_two(script, out_dir, settings):
                               env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": str(rank),
                                    "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
              for rank in range(2)]
-    for rank in ranks:
-        output = rank.communicate(timeout=180)[0]
-        assert rank.returncode == 0, output
+    try:
+        for rank in ranks:
+            output = rank.communicate(timeout=seconds)[0]
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def run_with_a_break(stage, cfg, after, monkeypatch):
@@ -100,9 +118,50 @@ def run_with_a_break(stage, cfg, after, monkeypatch):
     monkeypatch.setattr(stage, "log", log)
     with pytest.raises(KeyboardInterrupt):
         stage.main(cfg)
+    gc.collect()  # with the run's frames goes its lock on out_dir
     assert load_checkpoint(cfg.out_dir)["step"] == after
     monkeypatch.setattr(stage, "log", real)
     stage.main(cfg)
+
+
+def check_ten_and_ten(stage, cfg):
+    """Run a stage for 20 steps, and for 10 and then 10 more: the same checkpoint, bit for bit, and the same log."""
+    parts = dataclasses.replace(cfg, out_dir=f"{cfg.out_dir}-parts")
+    stage.main(dataclasses.replace(cfg, max_steps=20))
+    stage.main(dataclasses.replace(parts, max_steps=10))
+    assert load_checkpoint(parts.out_dir)["step"] == 10
+    stage.main(dataclasses.replace(parts, max_steps=20))
+    assert_same(load_checkpoint(cfg.out_dir), load_checkpoint(parts.out_dir))
+    assert read_log(cfg.out_dir) == read_log(parts.out_dir)
+    assert read_log(cfg.out_dir)[-1]["step"] == 20
+
+
+def gradient(checkpoint, optimizer=0):
+    """The gradient of a run's first step as one vector: AdamW's first moment is then a tenth of it."""
+    moments = [state["exp_avg"].flatten() for state in checkpoint["optimizers"][optimizer]["state"].values()]
+    return 10 * torch.cat(moments)
+
+
+def flat_gradient(loss, model):
+    """d loss / d parameters as one vector in the order of make_optimizers: matrices, then gains and biases."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in params if p.ndim >= 2] + [p for p in params if p.ndim < 2]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+
+
+def mean_nll(model, documents):
+    """Mean nats of the learned tokens of documents (ids, mask), one document at a time, from whole logits."""
+    nats = 0.0
+    n_learned = 0
+    for ids, mask in documents:
+        ids = torch.tensor(np.asarray(ids))
+        logits = model.logits(model(ids[None, :-1]))[0]
+        nll = F.cross_entropy(logits, ids[1:], reduction="none")
+        for place, learned in enumerate(np.asarray(mask)[1:]):
+            if learned:
+                nats = nats + nll[place]
+                n_learned += 1
+    return nats / n_learned
 
 
 def assert_same(a, b, atol=0.0, path=""):
@@ -125,7 +184,10 @@ def assert_same(a, b, atol=0.0, path=""):
         assert a == b, f"{path}: {a} and {b}"
 
 
+TIMES = ("tok/s", "seconds", "generate_share", "score_share")
+
+
 def read_log(out_dir):
     """The records of log.jsonl without the times."""
     with open(os.path.join(out_dir, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in ("tok/s", "left")} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in f]

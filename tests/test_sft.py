@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import sft
-from common import Env, Split, load_checkpoint, open_data, save_checkpoint
+from common import Env, load_checkpoint, save_checkpoint
 from configurator import changed
 from conftest import ROOT
+from data import Split, open_data
+from loss import cross_entropy
 from model import ModelConfig, Transformer
+from pairs import check_ten_and_ten, write_folder
 from tokenizer import render_chat, train_tokenizer
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
@@ -30,26 +33,18 @@ def conversation(i):
     return turns
 
 
-def write_data(folder, tokenizer_file, tok, splits):
-    """splits: {"train": [(ids, mask), …], "val": …}"""
-    os.makedirs(folder)
-    meta = {"kind": "sft", "dtype": "uint16", "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
-            "tokenizer": "tokenizer.model"}
-    for split, documents in splits.items():
-        np.concatenate([ids for ids, _ in documents]).astype("<u2").tofile(f"{folder}/{split}.bin")
-        np.concatenate([mask for _, mask in documents]).astype(np.uint8).tofile(f"{folder}/{split}.mask")
-        idx = np.cumsum([0] + [len(ids) for ids, _ in documents]).astype(np.int64)
-        idx.tofile(f"{folder}/{split}.idx")
-        meta[split] = {"tokens": int(idx[-1]), "documents": len(documents)}
-    with open(f"{folder}/meta.json", "w") as f:
-        json.dump(meta, f)
-    tok.save(f"{folder}/tokenizer.model")
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(sft, "peak_flops", lambda env: 1e12)  # measuring it takes longer than the runs
+def quick(repeatable):
     torch.set_num_threads(1)
+
+
+def write_base(folder, tok, config):
+    """A folder as pretrain.py would leave it, with a random model."""
+    torch.manual_seed(1)
+    save_checkpoint(f"{folder}/ckpt.pt", {
+        "stage": "pretrain", "step": 1, "model": Transformer(config).state_dict(), "lora": None,
+        "model_config": dataclasses.asdict(config), "config": {}, "fingerprint": tok.fingerprint, "best_val": 9.0})
+    tok.save(f"{folder}/tokenizer.model")
 
 
 @pytest.fixture(scope="session")
@@ -59,20 +54,16 @@ def place(tmp_path_factory):
     tok = train_tokenizer(["".join(q + a for q, a in TALKS) + "你是诗人。0123456789 user assistant system"],
                           f"{root}/tok", 420, character_coverage=1.0)
     talks = [render_chat(tok, conversation(i)) for i in range(48)]
-    write_data(f"{root}/data", f"{root}/tok", tok, {"train": talks[:40], "val": talks[40:]})
-    torch.manual_seed(1)
-    config = ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256)
-    model = Transformer(config)
-    save_checkpoint(f"{root}/base/ckpt.pt", {
-        "stage": "pretrain", "step": 1, "model": model.state_dict(), "model_config": dataclasses.asdict(config),
-        "config": {}, "fingerprint": tok.fingerprint, "best_val": 9.0}, f"{root}/tok")
+    write_folder(f"{root}/data", tok, "sft", {"train": talks[:40], "val": talks[40:]})
+    write_base(f"{root}/base", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                                                max_seq_len=256))
     return root, tok
 
 
 def settings(root, **changes):
     defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2,
-                    grad_accum=2, max_steps=4, schedule="wsd", warmup_steps=0, lr=1e-3, sample_every=0, save_every=100,
-                    device="cpu", dtype="float32", compile=False)
+                    grad_accum=2, max_steps=4, decay_steps=1, warmup_steps=0, lr=1e-3, questions="", device="cpu",
+                    dtype="float32", compile=False)
     return sft.Config(**{**defaults, **changes})
 
 
@@ -84,6 +75,12 @@ def setup(place, **changes):
     model = Transformer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return cfg, train, model, tok
+
+
+def loss_of(model, batch):
+    """Sum of nats over the learned targets of get_batch()."""
+    ids, targets, mask, docs = batch
+    return cross_entropy(model(ids, docs), model.head_weight, targets, mask)
 
 
 def gradients(model):
@@ -105,28 +102,25 @@ def assert_close(a, b, atol):
 def test_packing_covers_every_conversation_once_and_wastes_little(seq_len):
     rng = np.random.default_rng(3)
     lengths = np.clip(rng.lognormal(4.0, 0.6, 20_000), 12, 900).astype(np.int64)  # mean 65, as the poems recipe
-    cfg = sft.Config(seq_len=seq_len)
     fits = np.flatnonzero(lengths <= seq_len)
-    rows = sft.pack(lengths, cfg, 1, 0)
+    rows = sft.pack(lengths, seq_len, 1, 0)
     assert sorted(i for row in rows for i in row) == fits.tolist()
     assert max(lengths[row].sum() for row in rows) <= seq_len
     assert 1 - lengths[fits].sum() / len(rows) / seq_len < 0.05
-    assert rows == sft.pack(lengths, cfg, 1, 0)
-    assert rows != sft.pack(lengths, cfg, 1, 1)
-    alone = sft.pack(lengths, dataclasses.replace(cfg, packing=False), 1, 0)
-    assert sorted(alone) == [[i] for i in fits.tolist()]
+    assert rows == sft.pack(lengths, seq_len, 1, 0)
+    assert rows != sft.pack(lengths, seq_len, 1, 1)
 
 
 def test_packing_fills_gaps_exactly():
     lengths = np.array([6, 6, 4, 4, 11, 10, 0])  # 11 does not fit, 0 teaches nothing
-    rows = sft.pack(lengths, sft.Config(seq_len=10), 0)
+    rows = sft.pack(lengths, 10, 0)
     assert sorted(lengths[row].tolist() for row in rows) == [[6, 4], [6, 4], [10]]
     assert sorted(sum(rows, [])) == [0, 1, 2, 3, 5]
 
 
 def test_targets_follow_inputs_and_learn_the_answers_alone(place):
     cfg, train, model, tok = setup(place)
-    ids, targets, mask, docs = sft.get_batch(train, [[0, 1], [5]], cfg, tok.pad_id, CPU)
+    ids, targets, mask, docs = sft.get_batch(train, [[0, 1], [5]], cfg.seq_len, tok.pad_id, CPU)
     assert ids.shape == targets.shape == mask.shape == docs.shape == (2, 256)
     for row, numbers in enumerate([[0, 1], [5]]):
         for number, i in enumerate(numbers, 1):
@@ -145,14 +139,14 @@ def test_targets_follow_inputs_and_learn_the_answers_alone(place):
 def test_packed_rows_equal_each_conversation_alone(place):
     cfg, train, model, tok = setup(place)
     rows = [[3, 0, 7], [5, 12], []]  # and a row of nothing but padding
-    ids, targets, mask, docs = sft.get_batch(train, rows, cfg, tok.pad_id, CPU)
-    packed = model(ids, targets, mask, docs)
+    ids, targets, mask, docs = batch = sft.get_batch(train, rows, cfg.seq_len, tok.pad_id, CPU)
+    packed = loss_of(model, batch)
     packed.backward()
     packed_grads = gradients(model)
     alone = 0.0
     for i in sum(rows, []):
         whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
-        logits = model(whole[None, :-1])[0]
+        logits = model.logits(model(whole[None, :-1]))[0]
         alone = alone + (F.cross_entropy(logits, whole[1:], reduction="none") * learned[1:]).sum()
     alone.backward()
     assert abs(packed - alone) / mask.sum() <= 2e-5
@@ -161,12 +155,12 @@ def test_packed_rows_equal_each_conversation_alone(place):
 
 def test_no_loss_and_no_sight_across_borders(place):
     cfg, train, model, tok = setup(place)
-    ids, targets, mask, docs = sft.get_batch(train, [[1, 2]], cfg, tok.pad_id, CPU)
+    ids, targets, mask, docs = sft.get_batch(train, [[1, 2]], cfg.seq_len, tok.pad_id, CPU)
     second = docs == 2
     with torch.no_grad():
-        before = model(ids, docs=docs)[second]
+        before = model.logits(model(ids, docs=docs))[second]
         others = torch.where(docs == 1, (ids + 17) % 400, ids)
-        assert torch.equal(before, model(others, docs=docs)[second])
+        assert torch.equal(before, model.logits(model(others, docs=docs))[second])
     border = (docs == 1).nonzero()[-1]  # the last input of the first conversation predicts its own last token
     assert targets[tuple(border)] == train.document(1)[0][-1]
 
@@ -175,48 +169,36 @@ def test_micro_steps_do_not_change_the_mean(place):
     """Two rows at once = one after the other, though they learn different numbers of tokens."""
     cfg, train, model, tok = setup(place)
     rows = [[0, 5], [4]]
-    ids, targets, mask, docs = sft.get_batch(train, rows, cfg, tok.pad_id, CPU)
+    ids, targets, mask, docs = sft.get_batch(train, rows, cfg.seq_len, tok.pad_id, CPU)
     assert mask[0].sum() != mask[1].sum()
-    model(ids, targets, mask / mask.sum(), docs).backward()
+    loss_of(model, (ids, targets, mask / mask.sum(), docs)).backward()
     together = gradients(model)
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)
     assert learned[sum(rows, [])].sum() == mask.sum()
     for row in rows:
-        x, y, m, d = sft.get_batch(train, [row], cfg, tok.pad_id, CPU)
-        model(x, y, m / learned[sum(rows, [])].sum(), d).backward()
+        x, y, m, d = sft.get_batch(train, [row], cfg.seq_len, tok.pad_id, CPU)
+        loss_of(model, (x, y, m / learned[sum(rows, [])].sum(), d)).backward()
     assert_close(together, gradients(model), 1e-6)
 
 
-# ---------------------------------------------------------------------------- evaluation and noise
+# ---------------------------------------------------------------------------- evaluation
 
 
-def test_loss_and_accuracy_by_hand():
+def test_loss_by_hand():
     class Counter(torch.nn.Module):  # hidden state = one-hot of the input; the head says: the next token is id + 1
         config = ModelConfig(vocab_size=8, dim=8, n_heads=1)
         head_weight = torch.eye(8).roll(1, 0) * 2
 
-        def hidden(self, ids, docs):
+        def forward(self, ids, docs):
             return F.one_hot(ids, 8).float()
 
-    # documents 1 2 3 | 4 5 5 | 6 0; learned: 3, 5, 5, 0; right: 3, first 5 -> 2 of 4
+    # documents 1 2 3 | 4 5 5 | 6 0; learned: 3, 5, 5, 0; foreseen: 3 and the first 5, 2 of 4
     split = Split(np.array([1, 2, 3, 4, 5, 5, 6, 0]), np.array([0, 0, 1, 0, 1, 1, 0, 1], np.uint8),
                   np.array([0, 3, 6, 8]), None, {})
     cfg = sft.Config(seq_len=4, batch_size=1)
-    loss, accuracy = sft.evaluate(Counter(), split, [[0, 1], [2]], cfg, 7, CPU)
+    loss = sft.evaluate(Counter(), split, [[0, 1], [2]], cfg, 7, CPU)
     right, wrong = np.log(np.exp(2) + 7) - 2, np.log(np.exp(2) + 7)
-    assert accuracy == 0.5
     assert loss == pytest.approx((2 * right + 2 * wrong) / 4, abs=1e-6)
-
-
-def test_neftune_noise_is_seeded_and_scaled_by_the_conversation():
-    docs = torch.tensor([[1] * 4 + [2] * 16 + [0] * 5])
-    noise = sft.neftune_noise(docs, 64, 5.0, 1, 2, 3)
-    assert torch.equal(noise, sft.neftune_noise(docs, 64, 5.0, 1, 2, 3))
-    assert not torch.equal(noise, sft.neftune_noise(docs, 64, 5.0, 1, 2, 4))
-    for number, length in ((1, 4), (2, 16)):
-        bound = 5.0 / (length * 64) ** 0.5
-        assert 0.95 * bound < noise[docs == number].abs().max() <= bound
-        assert noise[docs == number].abs().mean() == pytest.approx(bound / 2, rel=0.1)
 
 
 # ---------------------------------------------------------------------------- whole runs
@@ -265,7 +247,7 @@ def check_two_ranks(root, name, **changes):
     for i in first:
         assert (first[i]["exp_avg"] - second[i]["exp_avg"]).abs().max() * 10 <= 1e-6
     for x, y in zip(read_log(one), read_log(two), strict=True):
-        for key in ("loss", "val_loss", "val_accuracy", "learned_share"):
+        for key in ("loss", "val_loss"):
             assert x[key] == pytest.approx(y[key], abs=1e-6), key
         assert x["norm"] == pytest.approx(y["norm"], abs=1e-5)
 
@@ -273,12 +255,12 @@ def check_two_ranks(root, name, **changes):
 def test_learns_and_answers(place, capsys):
     root, tok = place
     cfg = settings(root, out_dir=f"{root}/learn", max_steps=0, epochs=12, lr=1e-2, batch_size=4, grad_accum=1,
-                   questions="你是谁？|你好", sample_every=20)
+                   questions="你是谁？|你好", eval_every=20)
     checkpoint = run(cfg)
     printed = capsys.readouterr().out
     records = read_log(cfg)
     assert records[-1]["loss"] < 0.5 * records[0]["loss"]
-    assert 0 <= records[-1]["val_accuracy"] <= 1 and "val_loss" in records[-1]
+    assert "val_loss" in records[-1]
     assert checkpoint["step"] == checkpoint["config"]["max_steps"] == len(records)
     assert "question: 你好\n  answer: " in printed and "40 conversations (0 longer than a row left out)" in printed
     assert os.path.exists(f"{root}/learn/best.pt") and os.path.exists(f"{root}/learn/tokenizer.model")
@@ -288,10 +270,10 @@ def spy_on_batches(monkeypatch):
     """Return a list that gets the training conversations in the order they are read."""
     seen, real = [], sft.get_batch
 
-    def spy(split, rows, cfg, pad_id, env):
+    def spy(split, rows, T, pad_id, env):
         if len(split) == 40:
             seen.extend(i for row in rows for i in row)
-        return real(split, rows, cfg, pad_id, env)
+        return real(split, rows, T, pad_id, env)
 
     monkeypatch.setattr(sft, "get_batch", spy)
     return seen
@@ -311,33 +293,67 @@ def test_the_loss_of_a_step_is_the_mean_over_its_conversations_alone(place, monk
     nats = learned_tokens = 0.0
     for i in seen:
         whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
-        nll = F.cross_entropy(model(whole[None, :-1])[0], whole[1:], reduction="none")
+        nll = F.cross_entropy(model.logits(model(whole[None, :-1]))[0], whole[1:], reduction="none")
         nats, learned_tokens = nats + (nll * learned[1:]).sum().item(), learned_tokens + learned[1:].sum().item()
     assert len(seen) > 8
     assert read_log(cfg)[0]["loss"] == pytest.approx(nats / learned_tokens, abs=2e-5)
 
 
-def test_noise_is_drawn_for_each_step_and_micro_step(place, monkeypatch):
-    seeds, real = [], sft.neftune_noise
-    monkeypatch.setattr(sft, "neftune_noise", lambda *args: seeds.append(args[3:]) or real(*args))
-    run(settings(place[0], out_dir=f"{place[0]}/seeds", max_steps=2, neftune_alpha=5.0))
-    assert seeds == [(1234, 0, 0), (1234, 0, 1), (1234, 1, 0), (1234, 1, 1)]
-
-
 def test_resume_bit_for_bit(place):
-    check_resume(place[0], "resume", neftune_alpha=5.0)
+    check_resume(place[0], "resume")
 
 
-def test_noise_off_changes_nothing_and_on_changes_something(place):
-    root, _ = place
-    runs = [run(settings(root, out_dir=f"{root}/noise{i}", max_steps=2, neftune_alpha=alpha))
-            for i, alpha in enumerate((0.0, 1e-30, 5.0))]
-    assert_same_run(runs[0], runs[1])
-    assert any(not torch.equal(runs[0]["model"][k], runs[2]["model"][k]) for k in runs[0]["model"])
+def test_ten_and_ten_steps_are_twenty(place):
+    check_ten_and_ten(sft, settings(place[0], out_dir=f"{place[0]}/ten", eval_every=10))
+
+
+def test_muon_resumes_bit_for_bit(place):
+    """Its momentum is kept, and that of AdamW, which has the embeddings and the gains, at a rate of its own."""
+    whole = check_resume(place[0], "muon", optimizer="muon", adam_lr=5e-4, weight_decay=0.1)
+    adam, muon = whole["optimizers"]
+    assert len(muon["state"]) == 2 * 4 and all(set(state) == {"momentum"} for state in muon["state"].values())
+    assert all(state["momentum"].abs().max() > 0 for state in muon["state"].values())
+    assert {group["lr"] for group in adam["param_groups"]} == {5e-4} and muon["param_groups"][0]["lr"] == 1e-3
+    check_ten_and_ten(sft, settings(place[0], out_dir=f"{place[0]}/ten-muon", eval_every=10, optimizer="muon"))
 
 
 def test_two_ranks_equal_one(place):
-    check_two_ranks(place[0], "ranks", neftune_alpha=5.0)
+    check_two_ranks(place[0], "ranks")
+
+
+def test_a_step_is_saved_before_its_answers_are_printed(place, monkeypatch):
+    """Whatever happens while answers are looked at, the step is on the disk."""
+    cfg = settings(place[0], out_dir=f"{place[0]}/printed", eval_every=2)
+    saved = []
+
+    def print_answers(*_):
+        saved.append((load_checkpoint(cfg.out_dir)["step"], load_checkpoint(f"{cfg.out_dir}/best.pt")["step"]))
+        raise RuntimeError("no console")
+
+    monkeypatch.setattr(sft, "print_answers", print_answers)
+    with pytest.raises(RuntimeError, match="no console"):
+        sft.main(cfg)
+    assert saved == [(2, 2)]
+
+
+def test_a_question_longer_than_the_model_can_see_costs_nothing(place, capsys):
+    root, _ = place
+    cfg = settings(root, out_dir=f"{root}/long", max_steps=2, questions="春夜" * 300 + "|你好")
+    assert run(cfg)["step"] == 2
+    printed = capsys.readouterr().out
+    assert "question: " + "春夜" * 10 in printed and "the model sees 256" in printed
+    assert "question: 你好\n  answer: " in printed
+
+
+def test_a_console_without_chinese_costs_nothing(place):
+    root, _ = place
+    cfg = settings(root, out_dir=f"{root}/ascii", max_steps=1, questions="你好")
+    words = [f"--{key}={value}" for key, value in changed(cfg).items()]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), *words], capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"question: \\u4f60\\u597d" in done.stdout
+    assert load_checkpoint(cfg.out_dir)["step"] == 1
 
 
 def test_errors_name_the_fix(place):
@@ -361,12 +377,20 @@ def test_errors_name_the_fix(place):
 
 def test_mixture_of_experts_balances_in_full_tuning_alone(place):
     root, tok = place
-    config = ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256, n_experts=4, hidden_dim=48)
-    save_checkpoint(f"{root}/moe/ckpt.pt", {
-        "stage": "pretrain", "step": 1, "model": Transformer(config).state_dict(), "config": {}, "best_val": 9.0,
-        "model_config": dataclasses.asdict(config), "fingerprint": tok.fingerprint}, f"{root}/tok")
+    write_base(f"{root}/moe", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256,
+                                               n_experts=4, hidden_dim=48))
     full = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-full", max_steps=1))
     assert full["model"]["blocks.1.ffn.bias"].abs().max() > 0
     lora = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-lora", max_steps=1, lora_rank=2))
     assert "blocks.1.ffn.shared.down.lora_a" in lora["model"]
     assert not any("router" in name or "bias" in name for name in lora["model"])
+
+
+def test_two_ranks_count_the_load_of_all_experts_together(place):
+    """The bias after a step says which experts got too few tokens of both ranks; it is 0.001 times a sign."""
+    root, tok = place
+    write_base(f"{root}/moe-two", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256,
+                                                   n_experts=4, hidden_dim=48))
+    check_two_ranks(root, "moe-ranks", init_from=f"{root}/moe-two", grad_accum=4, batch_size=1)
+    one, two = (load_checkpoint(f"{root}/moe-ranks-{name}")["model"]["blocks.1.ffn.bias"] for name in ("one", "two"))
+    assert torch.equal(one, two) and one.abs().max() > 0
