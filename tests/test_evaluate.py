@@ -70,7 +70,7 @@ def test_cell_formats():
 
 
 def test_table_and_report(tmp_path, monkeypatch, capsys):
-    """A row a measure, a column a run; more than five runs go below; texts come after the numbers; all of it in json."""
+    """A row a measure, a column a run; more than five runs go below; texts come after the numbers; all is in json."""
     monkeypatch.chdir(tmp_path)
     assert table({"out/a": {"x": 1.0}, "out/b": {"long": share([True] * 10)}}).split("\n") == [
         "      out/a  out/b", "x     1.000  –", "long  –      100.0% [72, 100]", ""]
@@ -128,7 +128,7 @@ def test_bits_of_a_text(model, tok, tmp_path):
 
 
 def test_minimal_pairs(model, tok, tmp_path):
-    """log p / tokens^0.5 of each sentence, by hand; a tie is a miss; what a folder holds is counted file by file too."""
+    """log p / tokens^0.5 of each sentence, by hand; a tie is a miss; a folder is counted file by file too."""
     sentences = ["春夜月", "月夜春", "好坏", "春夜好坏", "好", "月月月月月月", "0 1", "坏春"]
     scores = {}
     for sentence in sentences:
@@ -174,7 +174,8 @@ def write_exam(folder, name):
     held_out = {"ceval": "val/law_val.csv", "cmmlu": "test/college_law.csv"}[name]
     dev = {"ceval": "dev/law_dev.csv", "cmmlu": "dev/college_law.csv"}[name]
     head = {"ceval": "id,question,A,B,C,D,answer\n", "cmmlu": ",Question,A,B,C,D,Answer\n"}[name]
-    for path, rows in ((dev, ['0,春？,1,2,3,4,B', '1," 夜，\n月 ",甲,乙,丙,丁,D']), (held_out, ["0,好,a,b,c,d,A", "1,坏,a,b,c,d,C"])):
+    files = {dev: ['0,春？,1,2,3,4,B', '1," 夜，\n月 ",甲,乙,丙,丁,D'], held_out: ["0,好,a,b,c,d,A", "1,坏,a,b,c,d,C"]}
+    for path, rows in files.items():
         os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
         with open(f"{folder}/{path}", "w", encoding="utf-8-sig") as f:
             f.write(head + "\n".join(rows) + "\n")
@@ -197,7 +198,7 @@ def test_exam_questions(tmp_path, name, subject, intro):
 
 
 def test_exam_of_a_model(model, tok, tmp_path):
-    """The likeliest of the four letters with its space; a question longer than the model's window loses its beginning."""
+    """The likeliest of the four letters with its space; a question longer than the model sees loses its beginning."""
     write_exam(tmp_path, "ceval")
     for shots in (0, 2):
         wanted = []
@@ -340,7 +341,8 @@ def test_measure_chat(tok, parrots, tmp_path, monkeypatch):
     got = measure_chat(model, tok, material, Config(batch_size=7), CPU)
     assert got == {"identity": [False, True] * 10, "identity_sampled": [True] * 100, "recited": [True, False]}
     assert [t for _, t in model.asked] == [0.0] * 20 + [0.7] * 100 + [0.0] * 2
-    assert measure_chat(model, tok, Material([], [], {}, None, None), Config(), CPU).keys() == {"identity", "identity_sampled"}
+    without = measure_chat(model, tok, Material([], [], {}, None, None), Config(), CPU)
+    assert without.keys() == {"identity", "identity_sampled"}
 
 
 def test_measure_sft(tok, model, tmp_path, monkeypatch):
@@ -391,9 +393,10 @@ def test_evaluate_run_of_a_chat_model(tok, tmp_path, monkeypatch):
 
 
 def test_poems_from_the_command_line(tok, tmp_path, monkeypatch, capsys):
-    """The quickstart's last command on folders like the quickstart's: a table of every run, and the reward model's row."""
+    """The quickstart's last command on folders like the quickstart's: a table of every run, the reward model too."""
     monkeypatch.chdir(tmp_path)
-    for stage, folder in (("pretrain", "poems"), ("sft", "poems-sft"), ("ppo", "poems-ppo"), ("reward", "poems-reward")):
+    stages = {"poems": "pretrain", "poems-sft": "sft", "poems-ppo": "ppo", "poems-reward": "reward"}
+    for folder, stage in stages.items():
         make_run(f"out/{folder}", tok, max_seq_len=160)
         checkpoint = {**load_checkpoint(f"out/{folder}"), "stage": stage}
         if stage == "reward":
@@ -421,8 +424,8 @@ def test_poems_from_the_command_line(tok, tmp_path, monkeypatch, capsys):
     assert out.splitlines()[0].split() == ["out/poems", "out/poems-sft", "out/poems-ppo", "out/poems-reward"]
     kept = json.load(open("out/evaluate.json", encoding="utf-8"))
     assert kept["out/poems"].keys() == {"bits_per_byte", "idioms", "free_equal_lines", "recital"}
-    assert kept["out/poems-ppo"].keys() == {"bits_per_byte", "idioms", "form", "ends", "rhymes", "examples", "reward", "kl",
-                                            "identity", "identity_sampled"}
+    assert kept["out/poems-ppo"].keys() == {"bits_per_byte", "idioms", "form", "ends", "rhymes", "examples", "reward",
+                                            "kl", "identity", "identity_sampled"}
     assert kept["out/poems-reward"].keys() == {"poem lists"} and kept["out/poems-ppo"]["form"]["n"] == 2
     assert abs(kept["out/poems-sft"]["kl"]) < 1e-4 and abs(kept["out/poems-ppo"]["kl"]) < 1e-4  # the same weights
     assert kept["out/poems"]["recital"].startswith("床前明月光") and "out/poems, recital:" in out

@@ -53,11 +53,14 @@ def test_panels_follow_the_log():
     """A panel for what the log holds, in one order for all stages; a field asked for by name has its own."""
     figure = Figure()
     draw_runs(figure, ["out/poems"], Config())
-    assert panels(figure) == {"loss": {"loss", "val_loss"}, "bits a byte": {"val_bits_per_byte"}, "learning rate": {"lr"}}
+    assert panels(figure) == {
+        "loss": {"loss", "val_loss"}, "bits a byte": {"val_bits_per_byte"}, "learning rate": {"lr"}}
     figure = Figure()
     draw_runs(figure, ["out/poems-ppo"], Config())
-    assert list(panels(figure)) == ["reward", "watched rule", "KL (nats an answer)", "entropy (nats a token)", "learning rate"]
-    assert panels(figure)["reward"] == {"score", "val_score"} and all(axis.get_xlabel() == "step" for axis in figure.axes)
+    assert list(panels(figure)) == [
+        "reward", "watched rule", "KL (nats an answer)", "entropy (nats a token)", "learning rate"]
+    assert panels(figure)["reward"] == {"score", "val_score"}
+    assert all(axis.get_xlabel() == "step" for axis in figure.axes)
     figure = Figure()
     draw_runs(figure, ["out/poems"], Config(y="norm,tok/s"))
     assert panels(figure) == {"norm": {"norm"}, "tok/s": {"tok/s"}}
@@ -98,7 +101,8 @@ def test_quickstart(capsys):
     """The stages that are there; with out/evaluate.json also its shares, each run's with intervals."""
     figure = Figure()
     draw_quickstart(figure, Config())
-    assert [axis.get_title() for axis in figure.axes] == ["1. pretraining", "4. PPO: reward", "4. PPO: distance from SFT"]
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["1. pretraining", "4. PPO: reward", "4. PPO: distance from SFT"]
     share = {"share": 0.5, "low": 0.4, "high": 0.7, "n": 10}
     results = {"out/poems": {"bits_per_byte": 2.0, "idioms": share, "recital": "床前"}, "out/poems-ppo": {"form": share},
                "out/poems-reward": {"poem lists": share}}

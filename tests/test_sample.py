@@ -116,7 +116,7 @@ def test_seeds_greedy_and_num_samples(base, capsys):
 
 
 def test_newest_run_of_the_right_kind(base, tmp_path, capsys, monkeypatch):
-    """Texts are continued by the newest pretrained run, however many stages came after; chat takes the newest chat run."""
+    """Texts are continued by the newest pretrained run, however many stages came after; chat by the newest chat run."""
     monkeypatch.chdir(tmp_path)
     tok = base[2]
     words = {False: "pretrain", True: "sft or ppo or dpo"}
@@ -140,10 +140,10 @@ def test_newest_run_of_the_right_kind(base, tmp_path, capsys, monkeypatch):
         main(Config(out_dir="out/reward", start="春", device="cpu"))
 
 
-@pytest.mark.parametrize("word", ["temperature=-1", "temperature=nan", "temperature=inf", "top_k=-1", "top_k=0.5", "top_p=-1",
-                                  "top_p=1.5", "top_p=0", "min_p=1.5", "min_p=-1", "repetition_penalty=0",
-                                  "repetition_penalty=-2", "num_samples=0", "max_new_tokens=-5", "max_new_tokens=0",
-                                  "batch_size=0"])
+@pytest.mark.parametrize("word", [
+    "temperature=-1", "temperature=nan", "temperature=inf", "top_k=-1", "top_k=0.5", "top_p=-1", "top_p=1.5", "top_p=0",
+    "min_p=1.5", "min_p=-1", "repetition_penalty=0", "repetition_penalty=-2", "num_samples=0", "max_new_tokens=-5",
+    "max_new_tokens=0", "batch_size=0"])
 def test_values_out_of_range_are_named(word):
     with pytest.raises(SystemExit, match=f"error: {word.partition('=')[0]}"):
         main(load_config(Config, ["--out_dir=out/none", "--device=cpu", f"--{word}"]))
