@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -162,11 +163,13 @@ def micro_steps(grad_accum, env):
 def compile_blocks(model, cfg, env):
     """Compile the model block by block: one block is compiled once and serves for all, and gradients can travel to
     the other processes while earlier blocks still compute theirs. Runs eagerly where there is no compiler."""
-    if not cfg.compile or env.device.type == "mps":
+    cfg.compile = cfg.compile and env.device.type != "mps"
+    if not cfg.compile:
         return
     compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
     triton = env.device.type == "cpu" or torch.utils._triton.has_triton()
     if not compiler or not triton:
+        cfg.compile = False
         if env.main:
             print(f"note: {'Triton' if compiler else 'a C++ compiler'} is missing, so the model runs uncompiled (slower)")
         return
@@ -185,7 +188,11 @@ def finish(cfg, env, step, hint=""):
         memory = peak_memory(env) / 2 ** 30
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, {how}. Peak memory {memory:.2f} GiB. {hint}", flush=True)
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
+        # taking DistributedDataParallel apart while gloo's threads end can wait for ever: leave without it
+        sys.stdout.flush()
+        os._exit(0)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,18 @@ def chunk_size(vocab_size, device):
 # ---------------------------------------------------------------------------- cross entropy
 
 
+def softmax_nll(logits, target):
+    """logits (N, V), target (N, 1) -> nll (N) and its gradient softmax - onehot (N, V), in the dtype of the logits."""
+    logps = logits.float().log_softmax(-1)
+    nll = -logps.gather(1, target).squeeze(1)
+    gradient = logps.exp()
+    gradient = gradient.scatter_add(1, target, torch.full_like(target, -1, dtype=torch.float32))
+    return nll, gradient.to(logits.dtype)
+
+
+compiled_softmax_nll = torch.compile(softmax_nll, dynamic=True)  # one pass over the logits instead of six
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk, the gradient made beside the loss.
 
@@ -33,7 +45,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, with_grad):
+    def forward(ctx, x, head, targets, weights, with_grad, compiled):
+        nll_and_gradient = compiled_softmax_nll if compiled else softmax_nll
         on = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
         rounded_head = head.to(dtype)
@@ -47,16 +60,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             inputs = x[part].to(dtype)                                             # (rows, C)
-            logps = F.linear(inputs, rounded_head).float().log_softmax(-1)         # (rows, V)
-            target = targets[part].clamp(min=0)[:, None]
-            loss -= (weights[part, None] * logps.gather(1, target)).sum()
+            nll, grad = nll_and_gradient(F.linear(inputs, rounded_head), targets[part].clamp(min=0)[:, None])
+            loss += (weights[part] * nll).sum()
             if with_grad:
-                grad = logps.exp_()                                                # softmax - onehot
-                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-                grad = grad.to(dtype)
                 # a row's weight is cheaper put on its C channels than on V logits
                 grad_x[part] = (grad @ rounded_head) * weights[part, None]
-                grad_head += (grad.T @ (inputs * relative[part, None]).to(dtype)) * scale
+                grad_head += (grad.T @ (inputs * relative[part, None]).to(dtype)).float() * scale
         if with_grad:
             ctx.save_for_backward(grad_x, grad_head)
         return loss
@@ -64,14 +73,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_head * grad_loss, None, None, None
+        return grad_x * grad_loss.to(grad_x.dtype), grad_head * grad_loss, None, None, None, None
 
 
-def cross_entropy(x, head_weight, targets, weights=None):
+def cross_entropy(x, head_weight, targets, weights=None, compiled=False):
     """Hidden states x (..., C), head_weight (V, C), targets (...) -> a scalar loss in nats.
 
     weights (...): the loss is sum(weights * nll), so the caller decides what it is a mean of; without weights it is the
-    mean over targets that are not -1.
+    mean over targets that are not -1. compiled: fuse what happens between the products (torch.compile).
     """
     x = x.reshape(-1, x.size(-1))                                                  # (N, C)
     targets = targets.reshape(-1)                                                  # (N)
@@ -86,8 +95,8 @@ def cross_entropy(x, head_weight, targets, weights=None):
         targets = targets[learned]
         weights = weights[learned]
     if len(x) == 0:
-        return x.sum() * 0.0
-    return ChunkedCrossEntropy.apply(x, head_weight, targets, weights, torch.is_grad_enabled())
+        return x.sum() * 0.0 + head_weight.sum() * 0.0  # nothing to learn, yet all parameters take part
+    return ChunkedCrossEntropy.apply(x, head_weight, targets, weights, torch.is_grad_enabled(), compiled)
 
 
 def text_loss(model, split, seq_len, batch_size, max_tokens, env):
@@ -132,7 +141,7 @@ def token_logps(model, ids, targets, mask, temperature=1.0, docs=None):
     chosen = targets[wanted]
     logps = torch.zeros(targets.shape, device=x.device)
     if len(x) == 0:
-        return logps + x.sum() * 0.0
+        return logps + x.sum() * 0.0 + model.head_weight.sum() * 0.0
     # a chunk's logits are forgotten and made again in the backward pass
     size = chunk_size(len(model.head_weight), x.device)
     parts = []

@@ -198,7 +198,7 @@ def main(cfg):
             # forward: hidden states, then how surprised the model is by each next token
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             with env.autocast():
-                micro_loss = cross_entropy(net(x), model.head_weight, y)
+                micro_loss = cross_entropy(net(x), model.head_weight, y, compiled=cfg.compile)
             # backward: the scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum

@@ -215,7 +215,7 @@ def main(cfg):
             x, y, mask, docs = get_batch(train, part, cfg.seq_len, tokenizer.pad_id, env)    # each (B, T)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             with env.autocast():
-                micro_loss = cross_entropy(net(x, docs), model.head_weight, y, mask / n_learned)
+                micro_loss = cross_entropy(net(x, docs), model.head_weight, y, mask / n_learned, cfg.compile)
             # the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()
             loss += micro_loss.detach()
