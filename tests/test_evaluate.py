@@ -84,10 +84,11 @@ def test_table_and_report(tmp_path, monkeypatch, capsys):
     assert kept["out/6"] == {"bits": 3.0, "hits": share([True, False]), "poem": "床前\n明月"}
 
 
-def test_main_says_what_is_missing(tmp_path, monkeypatch, tok):
+def test_main_says_what_is_missing(tmp_path, monkeypatch, tok, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="none of out/poems.* holds a checkpoint"):
+    with pytest.raises(SystemExit, match="nothing to measure"):
         evaluate.main(Config(device="cpu"))
+    assert capsys.readouterr().err.count("holds no checkpoint and is left out") == 4
     make_run("out/a", tok)
     with pytest.raises(SystemExit, match="name what to measure on with --input="):
         evaluate.main(Config("text", runs="out/a", device="cpu"))
@@ -143,10 +144,11 @@ def test_minimal_pairs(model, tok, tmp_path):
         text = "".join(json.dumps(record) + "\n" for record in part)
         (tmp_path / f"{name}.jsonl").write_text("\ufeff" + text, encoding="utf-8")
     got = minimal_pairs(model, tok, Config("pairs", input=str(tmp_path)), CPU)
-    assert got == {"all pairs": wanted, "pairs of equal length": [hit for hit, equal in zip(wanted, same) if equal],
+    equal_length = [hit for hit, equal in zip(wanted, same) if equal]
+    assert got == {"all pairs (chance 50%)": wanted, "pairs of equal length": equal_length,
                    "a": wanted[:3], "b": wanted[3:]}
     one = minimal_pairs(model, tok, Config("pairs", input=str(tmp_path / "b.jsonl")), CPU)
-    assert one["all pairs"] == wanted[3:] and len(one) == 2
+    assert one["all pairs (chance 50%)"] == wanted[3:] and len(one) == 2
     (tmp_path / "b.jsonl").write_text('{"sentence_good": "春"}\n')
     with pytest.raises(SystemExit, match="b.jsonl, line 1: no sentence_good or no sentence_bad"):
         minimal_pairs(model, tok, Config("pairs", input=str(tmp_path)), CPU)
@@ -161,9 +163,9 @@ def test_minimal_pairs_of_a_model_that_knows_nothing(tok, tmp_path):
     path.write_text("".join(json.dumps(dict(zip(("sentence_good", "sentence_bad"), pair))) + "\n" for pair in pairs))
     assert [len(tok.encode(text)) for text in "好坏"] == [1, 1]
     got = minimal_pairs(model, tok, Config("pairs", input=str(path)), CPU)
-    assert got == {"all pairs": [True, False, False], "pairs of equal length": [False]}
+    assert got == {"all pairs (chance 50%)": [True, False, False], "pairs of equal length": [False]}
     model.embed.weight.data.fill_(math.nan)
-    assert minimal_pairs(model, tok, Config("pairs", input=str(path)), CPU)["all pairs"] == [False] * 3
+    assert minimal_pairs(model, tok, Config("pairs", input=str(path)), CPU)["all pairs (chance 50%)"] == [False] * 3
 
 
 # ---------------------------------------------------------------------------- exams
