@@ -1,5 +1,6 @@
-import dataclasses
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 
 import lora
 import sft
-from common import load_checkpoint, load_model
+from common import adapters_of, load_checkpoint, load_model, merge_adapters
+from configurator import load_config
+from conftest import ROOT
+from loss import cross_entropy
 from model import ModelConfig, Transformer
+from pairs import check_ten_and_ten
 from test_sft import check_resume, check_two_ranks, gradients, place, quick, run, settings  # noqa: F401 (fixtures)
 
 TARGETS = "qkv|out|gate_up|down"
@@ -33,15 +38,28 @@ def ids_and_targets():
     return ids[:, :-1], ids[:, 1:]
 
 
+def loss_of(model, ids, targets):
+    return cross_entropy(model(ids), model.head_weight, targets)
+
+
+def merged_by_layer(model):
+    """The plain state dict of a model with adapters: layer by layer W += scale * B A, as a module would do it."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoRALinear):
+            weights[f"{name}.weight"] += module.scale * (module.lora_b @ module.lora_a)
+    return weights
+
+
 def test_starts_as_the_base_and_only_adapters_get_gradients():
     model, (ids, targets) = tiny(), ids_and_targets()
     before = model(ids)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
     lora.add_lora(model, 4, 8.0, TARGETS)
     assert torch.equal(before, model(ids))
-    model(ids, targets).backward()
+    loss_of(model, ids, targets).backward()
     grads = gradients(model)
-    assert set(grads) == set(lora.lora_state_dict(model)) and len(grads) == 2 * 4 * 2  # a, b; layers; blocks
+    assert set(grads) == set(adapters_of(model)) and len(grads) == 2 * 4 * 2  # a, b; layers; blocks
     assert all(grads[name].abs().max() > 0 for name in grads if "lora_b" in name)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
@@ -55,7 +73,7 @@ def test_a_is_drawn_as_kaiming_uniform():
 
 def test_names_choose_the_layers():
     def layers(targets):
-        return sorted({name.rsplit(".", 1)[0] for name in lora.lora_state_dict(lora.add_lora(tiny(), 2, 4.0, targets))})
+        return sorted({name.rsplit(".", 1)[0] for name in adapters_of(lora.add_lora(tiny(), 2, 4.0, targets))})
     assert layers("qkv") == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
     assert layers(r"blocks\.1\..*") == [f"blocks.1.{n}" for n in ("attn.out", "attn.qkv", "ffn.down", "ffn.gate_up")]
     with pytest.raises(SystemExit, match="q_proj.*down, gate_up, out, qkv"):
@@ -64,14 +82,28 @@ def test_names_choose_the_layers():
 
 def test_merged_equals_unmerged():
     model, (ids, _) = tiny(), ids_and_targets()
-    names = list(model.state_dict())
-    base = model(ids)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = model.logits(model(ids))
     adapted(model)
-    unmerged = model(ids)
-    merged = lora.merge_lora(model)(ids)
+    unmerged = model.logits(model(ids))
+    plain = tiny()
+    plain.load_state_dict(merge_adapters(weights, adapters_of(model), 8.0 / 4))
+    merged = plain.logits(plain(ids))
     assert (unmerged - base).abs().max() > 1e-3
     assert (unmerged - merged).abs().max() <= 1e-5
-    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())  # not merged in place
+
+
+def test_merging_equals_the_merge_of_each_layer():
+    model = tiny()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted(model, rank=3, alpha=7.0, targets="qkv|down")
+    merged = merge_adapters(weights, adapters_of(model), 7.0 / 3)
+    by_layer = merged_by_layer(model)
+    assert merged.keys() == by_layer.keys() == weights.keys()
+    assert all(torch.equal(merged[name], by_layer[name]) for name in merged)
+    assert {name.split(".", 3)[-1] for name in merged if not torch.equal(merged[name], weights[name])} == {
+        "qkv.weight", "down.weight"}
 
 
 def test_loss_and_gradients_equal_peft():
@@ -85,8 +117,8 @@ def test_loss_and_gradients_equal_peft():
         if ".lora_" in name:  # blocks.0.attn.qkv.lora_A.default.weight
             mapped[name] = name.replace("lora_A.default.weight", "lora_a").replace("lora_B.default.weight", "lora_b")
             p.data.copy_(ours.get_parameter(mapped[name]))
-    assert sorted(mapped.values()) == sorted(lora.lora_state_dict(ours))
-    losses = [m(ids, targets) for m in (ours, theirs)]
+    assert sorted(mapped.values()) == sorted(adapters_of(ours))
+    losses = [loss_of(m, ids, targets) for m in (ours, theirs)]
     for loss in losses:
         loss.backward()
     assert abs(losses[0] - losses[1]) <= 1e-5
@@ -121,7 +153,7 @@ def test_equals_peft_on_transformers_llama():
                 m.lora_A.default.weight.data.copy_(mine.lora_a)
                 m.lora_B.default.weight.data.copy_(b)
             pairs.append((mine, there))
-    loss = ours(ids, targets)
+    loss = loss_of(ours, ids, targets)
     reference = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
     loss.backward()
     reference.backward()
@@ -151,13 +183,17 @@ def test_checkpoint_is_small_and_loads_over_its_base(place, tmp_path, monkeypatc
     assert tokenizer.fingerprint == tok.fingerprint and list(model.state_dict()) == list(base["model"])
     by_hand = Transformer(ModelConfig(**base["model_config"]))
     by_hand.load_state_dict(base["model"])
-    lora.load_lora(lora.add_lora(by_hand, **checkpoint["lora"]), checkpoint["model"])
+    lora.add_lora(by_hand, **checkpoint["lora"])
+    assert adapters_of(by_hand).keys() == checkpoint["model"].keys()
+    by_hand.load_state_dict(checkpoint["model"], strict=False)
     ids = torch.randint(0, 400, (2, 20))
-    assert (model(ids) - by_hand(ids)).abs().max() <= 1e-5
+    assert (model.logits(model(ids)) - by_hand.logits(by_hand(ids))).abs().max() <= 1e-5
+    by_layer = merged_by_layer(by_hand)
+    assert all(torch.equal(tensor, by_layer[name]) for name, tensor in model.state_dict().items())
 
     lora.main(lora.Config(f"{root}/small", f"{root}/merged"))
     merged, _, again = load_model(f"{root}/merged")
-    assert "lora" not in again and torch.equal(merged(ids), model(ids))
+    assert again["lora"] is None and torch.equal(merged(ids), model(ids))
     over = run(settings(root, init_from=f"{root}/small", out_dir=f"{root}/twice", lora_rank=2, max_steps=1))
     assert over["lora"]["base"] == "../small"  # adapters over adapters
     load_model(f"{root}/twice")
@@ -166,9 +202,9 @@ def test_checkpoint_is_small_and_loads_over_its_base(place, tmp_path, monkeypatc
 def test_another_base_is_refused(place):  # noqa: F811
     root, _ = place
     run(settings(root, out_dir=f"{root}/adapters", lora_rank=2, max_steps=1))
-    with pytest.raises(SystemExit, match="lora .*'rank': 2.* there, None here"):
+    with pytest.raises(SystemExit, match="lora=.*'rank': 2.* there, None here"):
         sft.main(settings(root, out_dir=f"{root}/adapters"))
-    with pytest.raises(SystemExit, match="holds another model"):
+    with pytest.raises(SystemExit, match="is of another run: lora=.*'rank': 2.* there, .*'rank': 4.* here"):
         sft.main(settings(root, out_dir=f"{root}/adapters", lora_rank=4))
     checkpoint = load_checkpoint(f"{root}/adapters")
     checkpoint["lora"]["base_hash"] = "0" * 64
@@ -184,3 +220,58 @@ def test_resume_bit_for_bit(place):  # noqa: F811
 
 def test_two_ranks_equal_one(place):  # noqa: F811
     check_two_ranks(place[0], "lora-ranks", lora_rank=2)
+
+
+def test_ten_and_ten_steps_are_twenty(place):  # noqa: F811
+    check_ten_and_ten(sft, settings(place[0], out_dir=f"{place[0]}/lora-ten", eval_every=10, lora_rank=2))
+
+
+def test_a_file_to_start_from(place):  # noqa: F811
+    """Adapters over a checkpoint file instead of a folder find it again."""
+    root, _ = place
+    first = run(settings(root, out_dir=f"{root}/first", max_steps=1))
+    assert run(settings(root, init_from=f"{root}/first/best.pt", out_dir=f"{root}/over", lora_rank=2,
+                        max_steps=1))["lora"]["base"] == "../first/best.pt"
+    model, _, _ = load_model(f"{root}/over")
+    assert torch.equal(model.embed.weight, first["model"]["embed.weight"])
+
+
+# ---------------------------------------------------------------------------- python lora.py
+
+
+def test_merging_is_refused_in_one_line(place):  # noqa: F811
+    root, _ = place
+    run(settings(root, out_dir=f"{root}/to-merge", lora_rank=2, max_steps=1))
+    run(settings(root, out_dir=f"{root}/whole", max_steps=1))
+    before = load_checkpoint(f"{root}/whole")
+    errors = []
+    for words, message in [
+            ([f"{root}/to-merge"], "--out=out/poems-merged"),
+            ([f"--out={root}/new"], "name the run"),
+            ([f"{root}/to-merge", f"--out={root}/whole"], f"{root}/whole/ckpt.pt exists"),
+            ([f"{root}/to-merge", f"--out={root}/to-merge"], f"{root}/to-merge/ckpt.pt exists"),
+            ([f"{root}/whole", f"--out={root}/new"], "holds no adapters"),
+            ([f"{root}/nowhere", f"--out={root}/new"], f"no checkpoint at '{root}/nowhere'")]:
+        with pytest.raises(SystemExit, match=re.escape(message)) as error:
+            lora.main(load_config(lora.Config, words, positional="run"))
+        errors.append(str(error.value))
+    assert all(error.startswith("error: ") and "\n" not in error for error in errors)
+    assert not os.path.exists(f"{root}/new")
+    after = load_checkpoint(f"{root}/whole")
+    assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
+
+
+def test_the_command_itself(place):  # noqa: F811
+    """Refused: one line and status 1. Else: a folder that is a run like any other."""
+    root, _ = place
+    run(settings(root, out_dir=f"{root}/command", lora_rank=2, max_steps=1))
+
+    def call(*words):
+        return subprocess.run([sys.executable, os.path.join(ROOT, "lora.py"), *words], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    refused = call(f"{root}/command")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    done = call(f"{root}/command", f"--out={root}/command-merged")
+    assert done.returncode == 0, done.stderr
+    assert load_model(f"{root}/command-merged")[2]["lora"] is None

@@ -238,7 +238,7 @@ def check_two_ranks(root, name, **changes):
     a = run(one)
     words = [f"--{key}={value}" for key, value in changed(two).items()]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           os.path.join(ROOT, "sft.py"), *words], capture_output=True, text=True,
+                           os.path.join(ROOT, "sft.py"), *words], capture_output=True, text=True, timeout=180,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     b = load_checkpoint(two.out_dir)
