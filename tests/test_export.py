@@ -1,4 +1,5 @@
 """tools/export.py: what other programs make of our weights and vocabularies, and what comes back."""
+import base64
 import glob
 import json
 import os
@@ -184,6 +185,17 @@ def test_rank_file_comes_back(ranked):
     assert vocabulary.rank_file(vocabulary.tokenizer_json(ranked)) == ranked.data
 
 
+def test_a_word_that_no_merges_lead_to(place):
+    """tiktoken takes a whole word that is a piece, even where neither "ab" nor "bc" is one."""
+    tokens = [bytes([i]) for i in range(256)] + [b"abc"]
+    (place / "word").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    tok = load_tokenizer(place / "word")
+    for text in ("abc", "abcd", "abc abc"):
+        assert library(tok).encode(text).ids == tok.encode(text)
+    assert tok.encode("abc") == [256]
+    assert vocabulary.rank_file(vocabulary.tokenizer_json(tok)) == tok.data
+
+
 def test_foreign_vocabularies_are_refused(lines, place):
     def refused(message, **changes):
         settings = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
@@ -270,12 +282,9 @@ def test_a_dummy_prefix_gets_no_chat_template(prefixed, place, capsys):
     assert not os.path.exists(place / "prefixed-hf/chat_template.jinja")
 
 
-@pytest.mark.parametrize("kind", EXPORTED)
-def test_to_transformers_and_back(kind, tok, lines, place):
+def check_there_and_back(model, tok, lines, folder):
     """Logits, greedy tokens, ids; then the same tensors from our folder and from one that transformers has saved."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    model = make(kind, tok.vocab_size)
-    folder = f"{place}/{kind}"
     export.write_hf(model, tok, "sft", folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, tok.vocab_size, (2, 100))
@@ -297,6 +306,25 @@ def test_to_transformers_and_back(kind, tok, lines, place):
         state = back.state_dict()
         assert list(state) == list(model.state_dict())
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    return theirs
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_to_transformers_and_back(kind, tok, lines, place):
+    check_there_and_back(make(kind, tok.vocab_size), tok, lines, f"{place}/{kind}")
+
+
+def test_biases_ask_which_vocabulary(tok, ranked, lines, place):
+    """transformers 5 would tokenize any qwen2 as Qwen does: with another vocabulary it becomes a Llama whose bias on
+    o_proj is zero. A bias there that is not zero cannot come in."""
+    theirs = check_there_and_back(make("qwen2", ranked.vocab_size), ranked, lines, f"{place}/as-qwen")
+    assert type(theirs).__name__ == "Qwen2ForCausalLM"
+    theirs = check_there_and_back(make("qwen2", tok.vocab_size), tok, lines, f"{place}/as-llama")
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    theirs.model.layers[1].self_attn.o_proj.bias.data[3] = 1.0
+    theirs.save_pretrained(f"{place}/as-llama")
+    with pytest.raises(SystemExit, match="unknown: model.layers.1.self_attn.o_proj.bias"):
+        export.read_hf(f"{place}/as-llama")
 
 
 def test_views_are_the_model():
@@ -316,6 +344,15 @@ def test_config_comes_back():
             back.tie_embeddings = config.tie_embeddings
             back.n_shared_experts = config.n_shared_experts
         assert back == config
+
+
+def test_config_of_transformers_4():
+    """Its files have rope_theta alone, rope_scaling: null, and may leave out what is not special."""
+    config = make("llama", 64, rope_theta=500000.0).config
+    theirs = {**hf_config(config), "rope_scaling": None}
+    for name in ("rope_parameters", "dtype", "num_key_value_heads", "head_dim", "mlp_bias", "n_group"):
+        del theirs[name]
+    assert config_from_hf(theirs) == config
 
 
 def test_no_architecture():
@@ -535,20 +572,6 @@ def test_half_precision_is_read_exactly(tok, place):
     tok.save(f"{place}/bf16-again/tokenizer.model")
     back, _, _ = export.read_hf(f"{place}/bf16-again")
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
-
-
-def test_biases_with_a_vocabulary_that_is_not_qwens(tok, ranked, place):
-    """transformers 5 would tokenize a qwen2 as Qwen does: it becomes a Llama whose bias on o_proj is zero, and back."""
-    export.write_hf(make("qwen2", tok.vocab_size), tok, "sft", f"{place}/biased")
-    export.write_hf(make("qwen2", ranked.vocab_size), ranked, "sft", f"{place}/as-qwen")
-    assert export.read_json(f"{place}/biased", "config.json")["model_type"] == "llama"
-    assert export.read_json(f"{place}/as-qwen", "config.json")["model_type"] == "qwen2"
-    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
-    weights = safetensors.load_file(f"{place}/biased/model.safetensors")
-    weights["model.layers.1.self_attn.o_proj.bias"][3] = 1
-    safetensors.save_file(weights, f"{place}/biased/model.safetensors")
-    with pytest.raises(SystemExit, match="unknown: model.layers.1.self_attn.o_proj.bias"):
-        export.read_hf(f"{place}/biased")
 
 
 def test_vocabulary_from_tokenizer_json_alone(ranked, place):

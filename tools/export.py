@@ -125,7 +125,7 @@ def config_and_weights(model, tok, stage):
     as_qwen = is_tiktoken(tok) and tiktoken_pattern(count_ranks(tok))[0] == QWEN_PATTERN
     if config["model_type"] == "qwen2" and not as_qwen:
         # For a qwen2, AutoTokenizer of transformers 5 cuts text as Qwen does, whatever tokenizer.json says: other ids.
-        # A Llama with attention_bias computes the same, if the bias that it has on o_proj too is zero
+        # A Llama with attention_bias computes the same, as long as the bias that it has on o_proj too is zero
         config.update(model_type="llama", architectures=["LlamaForCausalLM"])
         for i in range(model.config.n_layers):
             weights[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(model.config.dim)

@@ -230,7 +230,7 @@ def rank_file(theirs):
     # tiktoken merges whatever makes the lowest id, so the ids must rise along the list of merges
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     merged = [ranks.get(left + right, -1) for left, right in pairs]
-    rising = merged == sorted(merged) and min(merged) >= 0
+    rising = merged == sorted(merged) and -1 not in merged
     check(rising and sorted(ranks.values()) == list(range(len(ranks))),
           "tokenizer.json numbers its tokens in another order than it merges them, so there is no rank file for it")
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
