@@ -135,8 +135,8 @@ def test_cancelled_rows_leave_and_the_queue_has_an_end(tok, model):
         assert engine.rows == rows[:2] and list(engine.waiting) == rows[2:]
         rows[0].cancelled = True    # in the batch
         rows[2].cancelled = True    # in the queue
-        with pytest.raises(Full):   # all or none: two do not fit, though one would
-            engine.submit([new_row([5], 5), new_row([5], 5)])
+        with pytest.raises(Full):   # all or none: two fit, three do not
+            engine.submit([new_row([5], 5) for _ in range(3)])
         engine.turn()
         engine.turn()
     assert engine.rows == [rows[1], rows[3]] and list(engine.waiting) == [rows[4]]
@@ -529,10 +529,16 @@ def test_tool_calls_and_reasoning_come_back(parrot, tok):
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, "三"]}'}}
     tool = {"type": "function", "function": {"name": "add", "description": "加"}}
     messages = [*user("1"), {"role": "assistant", "content": None, "tool_calls": [call]},
-                {"role": "tool", "tool_call_id": "call_1", "content": "3"}]
-    assert ask(port, messages=messages)[0] == 200
-    turns = [*user("1"), {"role": "assistant", "content": CALL}, {"role": "tool", "content": "3"}]
-    assert engine.prompts[0] == render_chat(tok, turns, add_generation_prompt=True)[0]
+                {"role": "tool", "tool_call_id": "call_1", "content": "3"},
+                {"role": "assistant", "content": "好。", "tool_calls": [call, call], "reasoning_content": "加"}]
+    turns = [*user("1"), {"role": "assistant", "content": CALL}, {"role": "tool", "content": "3"},
+             {"role": "assistant", "content": f"好。\n{CALL}\n{CALL}"}]
+    offer = '<tools>\n{"name": "add", "description": "加"}\n</tools>'
+    for system, choice, wanted in (("", "auto", offer), ("明", "auto", f"明\n\n{offer}"), ("明", "none", "明"), ("", "none", "")):
+        before = [{"role": "developer", "content": system}] if system else []
+        assert ask(port, messages=before + messages, tools=[tool], tool_choice=choice)[0] == 200
+        wanted = [{"role": "system", "content": wanted}] if wanted else []
+        assert engine.prompts.pop() == render_chat(tok, wanted + turns, add_generation_prompt=True)[0]
 
 
 BAD = [

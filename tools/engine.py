@@ -86,7 +86,8 @@ class Engine:
         """Let rows wait for their turn: all of them, or none (Full) where that would be too many."""
         with self.changed:
             self.waiting = collections.deque(row for row in self.waiting if not row.cancelled)
-            if len(self.rows) + len(self.waiting) + len(rows) > self.capacity:
+            decoding = sum(not row.cancelled for row in self.rows)
+            if decoding + len(self.waiting) + len(rows) > self.capacity:
                 raise Full()
             self.waiting.extend(rows)
             self.changed.notify()
@@ -219,7 +220,6 @@ class Engine:
             stopped = row.new[-1] in self.stop_ids
             if not stopped and not row.cancelled and len(row.new) < row.max_new_tokens:
                 continue
-            row.put("stop" if stopped else "length")
             mover = self.rows[-1]
             columns = slice(cache.length - mover.columns, cache.length)
             for part in cache.k + cache.v:
@@ -228,3 +228,5 @@ class Engine:
             with self.changed:
                 self.rows[i] = mover
                 self.rows.pop()
+            # at the very end: its client may come again at once, and finds a place
+            row.put("stop" if stopped else "length")

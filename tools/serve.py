@@ -30,6 +30,7 @@ from typing import Annotated, Literal
 from common import load_model, start
 from configurator import Count, NonNegative, Whole, check, run
 from generate import draw_uniforms
+from recipes.schemas import call_tools, list_tools
 from tokenizer import StreamDecoder, render_chat
 from tools.engine import Engine, Full, Row, Token
 
@@ -327,34 +328,25 @@ class ChatRequest(Settings):
     top_logprobs: int = Field(0, ge=0, le=20)
 
 
-def call_text(name, arguments):
-    """A tool call as the model writes it; arguments is JSON already."""
-    call = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
-    return f"<tool_call>\n{call}\n</tool_call>"
-
-
-def tools_text(functions, system):
-    """The system message that offers these functions."""
-    lines = [json.dumps(function, ensure_ascii=False) for function in functions]
-    return system + "\n".join(["", "<tools>", *lines, "</tools>"])
-
-
 def chat_turns(body):
-    """The messages of a request as turns of the chat template: tools and tool calls are text there."""
+    """The messages of a request as turns of the chat template. Tools, and calls of them, are text there, the same text
+    that prepare.py makes of a data set's; what the model thought in earlier turns is left out."""
     turns = []
     for message in body.messages:
         text = message.content
         if isinstance(text, list):
             text = "".join(part.text for part in text)
-        for call in message.tool_calls:
-            text += call_text(call.function.name, call.function.arguments)
+        if message.tool_calls:
+            calls = [call.model_dump() for call in message.tool_calls]
+            text = f"{text}\n{call_tools(calls)}".lstrip("\n")
         # "developer" is a younger name for the same thing
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": text})
     if body.tools and body.tool_choice == "auto":
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": ""})
-        turns[0]["content"] = tools_text([tool.function for tool in body.tools], turns[0]["content"])
+        offered = list_tools([tool.function for tool in body.tools])
+        turns[0]["content"] = f"{turns[0]['content']}\n\n{offered}".lstrip("\n")
     return turns
 
 
