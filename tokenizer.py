@@ -3,8 +3,11 @@ Text to token ids and back: train a vocabulary, load an existing one, lay out a 
 
     python tokenizer.py data/poems "床前明月光"        # print the pieces and their ids
 
-in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3), told apart by content
+in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3, GLM-4, cl100k), told apart
+     by content
 out: token ids. Every vocabulary has the four SPECIAL_TOKENS; encode() never yields one, whatever a text says
+
+How a vocabulary is learned from text, byte pair by byte pair: recipes/bpe.py.
 """
 
 import base64
@@ -21,11 +24,18 @@ import tiktoken
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
-# How tiktoken cuts text before it merges. The rank files come without it, so it is chosen by the number of ranks.
+# How tiktoken cuts text before it merges. The rank files come without it, so it is told by the number of ranks.
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits in threes
 LLAMA3_RANKS = 128_000
+PATTERNS = {
+    151_643: QWEN_PATTERN,
+    LLAMA3_RANKS: LLAMA3_PATTERN,
+    151_329: LLAMA3_PATTERN,
+    100_256: LLAMA3_PATTERN,
+}
+FAMILIES = "Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 (151,329) and cl100k (100,256)"
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
@@ -39,11 +49,12 @@ class Tokenizer:
     belong together when their fingerprints are equal.
     """
 
-    def __init__(self, data, encode, pieces, specials, rule="", dummy_prefix=False):
+    def __init__(self, data, encode, pieces, specials, rule="", dummy_prefix=False, unk_id=None):
         self.data = data                    # the vocabulary file's own bytes; save() writes them back unchanged
         self._encode = encode               # text -> ids of the base vocabulary
         self.pieces = dict(enumerate(pieces))   # id -> bytes
         self.dummy_prefix = dummy_prefix    # whether encoding puts a space before the text
+        self.unk_id = unk_id                # what unknown characters become; None: they are spelled in bytes
         specials = dict(specials)           # name -> id
         size = max([len(pieces), *(i + 1 for i in specials.values())])
         for name in SPECIAL_TOKENS:         # a foreign vocabulary gets the ones it lacks, after its own ids
@@ -102,18 +113,24 @@ class StreamDecoder:
         return text
 
 
+def is_learned(message):
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def render_chat(tok, messages, add_generation_prompt=False):
     """ChatML: `<|im_start|>role\\n…<|im_end|>\\n` a message, [{"role": …, "content": …}] in, (ids, mask) out.
 
-    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0.
+    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0; and
+    0 on a message with "weight": 0.
     Header and words are encoded apart, so a prompt made with add_generation_prompt is a prefix of the row to train on.
     """
     newline = tok.encode("\n")
-    ids, mask = [], []
+    ids = []
+    mask = []
     for message in messages:
         header = [tok.im_start_id] + tok.encode(message["role"] + "\n")
         words = tok.encode(message["content"]) + [tok.im_end_id]
-        learned = int(message["role"] == "assistant")
+        learned = int(is_learned(message))
         ids += header + words + newline
         mask += [0] * len(header) + [learned] * len(words) + [0] * len(newline)
     if add_generation_prompt:
@@ -139,15 +156,16 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
         counts.update(line)
     if not counts:
         raise ValueError("there is no text to train a tokenizer on")
-    n_characters = (vocab_size if max_piece_length == 1 else vocab_size * 2 // 3) - 266  # 266: bytes and the like
-    most = sum(n for _, n in counts.most_common(max(n_characters, 0))) / counts.total()
-    if character_coverage > max(most, 0.98) and max_piece_length > 1:
-        print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={max(most, 0.98):.4f}")
+    n_characters = vocab_size if max_piece_length == 1 else vocab_size * 2 // 3
+    most_common = counts.most_common(max(n_characters - 266, 0))  # 266: bytes and the like
+    most = max(sum(n for _, n in most_common) / counts.total(), 0.98)
+    if character_coverage > most and max_piece_length > 1:
+        print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={most:.4f}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=min(character_coverage, max(most, 0.98)), hard_vocab_limit=False,
+            character_coverage=min(character_coverage, most), hard_vocab_limit=False,
             byte_fallback=True, max_sentencepiece_length=max_piece_length, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
             # the trainer drops "\n" and "\t" from its pieces, as they end its lines; a role name is one token, not ten
@@ -156,8 +174,8 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
             unk_id=0, bos_id=-1, eos_id=1, eos_piece=SPECIAL_TOKENS[0], pad_id=2, pad_piece=SPECIAL_TOKENS[3],
             num_threads=os.cpu_count(), minloglevel=2)
     except RuntimeError as e:
-        raise ValueError(f"cannot train {vocab_size} tokens on {len(counts)} characters: raise vocab_size, or "
-                         f"set character_coverage between 0.98 and 1 (sentencepiece: {e})") from e
+        raise ValueError(f"cannot train {vocab_size} tokens on {len(counts)} characters: raise vocab_size "
+                         f"(sentencepiece: {e})") from e
     with open(path, "wb") as f:
         f.write(model.getvalue())
     return load_tokenizer(path)
@@ -193,7 +211,8 @@ def _load_sentencepiece(data, path):
     except RuntimeError as e:
         raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken rank file (a tokenizer.json of "
                          "transformers cannot be read: take the .model beside it)") from e
-    pieces, specials = [], {}
+    pieces = []
+    specials = {}
     for i in range(sp.vocab_size()):
         piece = sp.id_to_piece(i)
         if sp.is_control(i):
@@ -206,7 +225,8 @@ def _load_sentencepiece(data, path):
             pieces.append(piece.replace("▁", " ").encode())
 
     encode = sp.encode
-    if sp.normalize(" a  b ") == "▁a▁▁b▁" and sp.piece_to_id("<0xE2>") != sp.unk_id():
+    unk_id = sp.unk_id() if sp.piece_to_id("<0xE2>") == sp.unk_id() else None
+    if sp.normalize(" a  b ") == "▁a▁▁b▁" and unk_id is None:
         # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes. Only
         # where all else is kept too; other vocabularies are to encode exactly as sentencepiece does.
         underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
@@ -218,7 +238,7 @@ def _load_sentencepiece(data, path):
                 ids += underline + sp.encode(part)
             return ids
 
-    return Tokenizer(data, encode, pieces, specials, dummy_prefix=sp.normalize("a") == "▁a")
+    return Tokenizer(data, encode, pieces, specials, dummy_prefix=sp.normalize("a") == "▁a", unk_id=unk_id)
 
 
 def _load_tiktoken(data, path):
@@ -232,16 +252,28 @@ def _load_tiktoken(data, path):
                 raise ValueError(f"{path}, line {number}: not a base64 token and its rank, but {line[:60]!r}") from e
     pieces = sorted(ranks, key=ranks.get)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or [ranks[piece] for piece in pieces] != list(range(len(pieces))):
+    if missing or sorted(ranks.values()) != list(range(len(pieces))):
         raise ValueError(f"{path}: not a whole rank file: ranks must run from 0 without gaps, and all 256 bytes be "
                          f"there ({len(missing)} bytes are missing)")
-    llama3 = len(pieces) == LLAMA3_RANKS
-    pattern = LLAMA3_PATTERN if llama3 else QWEN_PATTERN
-    specials = {name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIALS)} if llama3 else {}
+    # Of an unknown family the tokens tell whether digits were cut one by one, as Qwen does.
+    pattern = PATTERNS.get(len(pieces))
+    if pattern is None:
+        several = [piece for piece in pieces if re.fullmatch(rb" ?\d\d+", piece)]
+        if several:
+            raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells how "
+                             f"this vocabulary cuts text. Known are {FAMILIES}")
+        pattern = QWEN_PATTERN
+    specials = {}
+    if len(pieces) == LLAMA3_RANKS:
+        specials = {name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIALS)}
     bpe = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(text):   # in slices, as Llama 3 does: a million spaces at once overflow the stack of tiktoken's regex
-        return [i for start in range(0, len(text), 400_000) for i in bpe.encode_ordinary(text[start:start + 400_000])]
+    def encode(text):
+        ids = []
+        # in slices, as Llama 3 does: a million spaces at once overflow the stack of tiktoken's regex
+        for start in range(0, len(text), 400_000):
+            ids += bpe.encode_ordinary(text[start:start + 400_000])
+        return ids
 
     return Tokenizer(data, encode, pieces, specials, rule=pattern)
 

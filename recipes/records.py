@@ -74,11 +74,11 @@ def read_file(path, raw, txt_document="blank"):
     txt_document: a document of a .txt ends at a "blank" line, at each "line", or with the "file".
     """
     size = os.path.getsize(path)
-    reader = READERS[extension(path)]
     found = 0
     try:
-        unpack = UNPACKERS.get(os.path.splitext(path.lower())[1], io.BufferedReader)
-        for where, record in reader(unpack(raw), txt_document):
+        unpack = UNPACKERS.get(os.path.splitext(path.lower())[1])
+        source = unpack(raw) if unpack else raw
+        for where, record in READERS[extension(path)](source, txt_document):
             found += 1
             yield f"{path}:{where}", record
     except ImportError as e:
@@ -98,32 +98,269 @@ def read_file(path, raw, txt_document="blank"):
 
 
 class ZstdFile(io.RawIOBase):
-    """The bytes inside a .zst. zstandard's own reader does not say when a file is cut off."""
+    """The bytes inside a .zst. (The reader that zstandard brings does not say when a file is cut off.)"""
 
     def __init__(self, raw):
         import zstandard
         self.raw = raw
-        self.start = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self.frame = None  # a file is a row of frames
-        self.unpacked = b""
+        self.new_frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self.frame = None     # a file is one frame after another; None between them
+        self.packed = b""     # read from the file, not unpacked yet
+        self.unpacked = b""   # not handed out yet
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        packed = b""
         while not self.unpacked:
-            packed = packed or self.raw.read(1 << 14)
-            if not packed:
-                if self.frame is not None:
+            self.packed = self.packed or self.raw.read(1 << 14)
+            if not self.packed:
+                if self.frame:
                     raise EOFError("the last frame does not end")
                 return 0
-            self.frame = self.frame or self.start()
-            self.unpacked = self.frame.decompress(packed)
-            packed = self.frame.unused_data
+            self.frame = self.frame or self.new_frame()
+            self.unpacked = self.frame.decompress(self.packed)
+            self.packed = b""
             if self.frame.eof:
+                self.packed = self.frame.unused_data
                 self.frame = None
-        ...
+        size = min(len(buffer), len(self.unpacked))
+        buffer[:size] = self.unpacked[:size]
+        self.unpacked = self.unpacked[size:]
+        return size
 
 
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": ZstdFile}
+
+
+# ---------------------------------------------------------------------------- encodings
+
+EAST_ASIAN = ("gb18030", "cp950", "cp932", "euc_jp")  # mainland China; Big5 of Taiwan; Shift-JIS and EUC-JP of Japan
+COMMON = set("的一是不了在人有我他这這个個们們来來到时時大地为為子中你说說生国國年着就那和要她出也得里裏后後自以会會家可下而过過天去能"
+             "对對小多然于於心学學上之无無日云雲山水风風花月春，。、：；！？「」《》“”") | {chr(i) for i in range(0x3041, 0x30fd)}
+
+
+def open_text(raw):
+    """Text of a byte stream, its encoding told by how it begins. Bytes that do not fit into that come as surrogates, for
+    repair() to look at line by line."""
+    raw = io.BufferedReader(raw, 1 << 16)
+    head = raw.peek()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return io.TextIOWrapper(raw, "utf-16", errors="replace", newline="")
+    encoding = "utf-8-sig"
+    zeros = head.count(0)
+    if not decodes(head, "utf-8"):
+        guess = guess_encoding(head)
+        if zeros and not guess:
+            raise Skip("binary file", "it holds zero bytes")
+        encoding = guess or encoding
+    if zeros > len(head) // 10:
+        raise Skip("binary file", "it is full of zero bytes: UTF-16 is read if it begins with a byte order mark")
+    return io.TextIOWrapper(raw, encoding, errors="surrogateescape", newline="")
+
+
+def decodes(data, encoding):
+    """Whether bytes are text in this encoding; a character cut off at their end is fine."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(data)
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def guess_encoding(data):
+    """The East Asian encoding in which bytes that are not UTF-8 read like text, or None.
+
+    Almost any two bytes are some character in each of these. But a quarter or more of the characters of a real text are
+    COMMON, and less than an eighth where it is read in a wrong encoding.
+    """
+    shares = {}
+    for encoding in EAST_ASIAN:
+        if decodes(data, encoding):
+            characters = [c for c in data.decode(encoding, "ignore") if c > "\x7f"]
+            shares[encoding] = sum(c in COMMON for c in characters) / max(len(characters), 1)
+    best = max(shares, key=shares.get, default=None)
+    if best and shares[best] > 0.15:
+        return best
+    # A list of names, or a line of two words, may do without them. GB18030 is used if all stays within the 6,763
+    # characters of GB2312: two bytes from 0xA1 on each, which Big5 and Shift-JIS do not keep to for long.
+    if decodes(data, "gb2312") and (len(data) < 60 or shares["gb18030"] > 0.02):
+        return "gb18030"
+    return None
+
+
+def has_surrogates(text):
+    """Whether a text holds halves of characters: bytes that could not be read, or broken JSON escapes."""
+    try:
+        text.encode()
+        return False
+    except UnicodeEncodeError:
+        return True
+
+
+def repair(line, encoding):
+    """A line as its own bytes say: files glued from several sources change their encoding midway.
+
+    Text in an East Asian encoding is almost never valid UTF-8; where it may be, in lines of a few characters, the file's
+    encoding decides.
+    """
+    fits = not has_surrogates(line)
+    if fits and (encoding not in EAST_ASIAN or len(line) <= 4):
+        return line
+    data = line.encode(encoding.removesuffix("-sig"), "surrogateescape")
+    if decodes(data, "utf-8"):
+        return data.decode("utf-8", "ignore")
+    if fits:
+        return line
+    guess = guess_encoding(data)
+    if not guess:
+        raise Skip("wrong encoding", f"neither UTF-8, GB18030, Big5 nor Shift-JIS: {data[:40]!r}")
+    return data.decode(guess, "ignore")
+
+
+# ---------------------------------------------------------------------------- formats
+
+
+def read_txt(raw, txt_document):
+    f = open_text(raw)
+    held = []
+    size = 0
+    start = 1
+    number = 1
+    while line := f.readline(MAX_CHARACTERS):  # a line of gigabytes comes in parts
+        try:
+            held.append(repair(line, f.encoding))
+        except Skip as e:
+            yield number, e
+        size += len(line)
+        is_whole = line.endswith(("\n", "\r"))
+        number += is_whole
+        at_end = txt_document == "line" and is_whole or txt_document == "blank" and not line.strip()
+        if at_end or size >= MAX_CHARACTERS:
+            text = "".join(held).strip()
+            if text:
+                yield start, text if at_end else Part(text)
+            held = []
+            size = 0
+            start = number
+    text = "".join(held).strip()
+    if text:
+        yield start, text
+
+
+DECODER = json.JSONDecoder(strict=False)  # a line break inside a string is no reason to lose it
+BROKEN = (ValueError, RecursionError)  # what it raises: a number of 5,000 digits and 2,000 nested lists are broken too
+
+
+def breaks_off(error, text):
+    """Whether what follows `text` could mend this error: then it is not wrong but cut off."""
+    unterminated = getattr(error, "msg", "").startswith("Unterminated string")
+    return unterminated or getattr(error, "pos", 0) > len(text) - 16
+
+
+def read_jsonl(raw, _):
+    f = open_text(raw)
+    for number, line in enumerate(f, 1):
+        try:
+            text = repair(line, f.encoding).strip(" \t\r\n\0\ufeff")
+            if text:
+                yield number, DECODER.decode(text)
+        except Skip as e:
+            yield number, e
+        except BROKEN as e:
+            if not line.endswith(("\n", "\r")) and breaks_off(e, text):
+                raise EOFError(f"line {number} does not end") from e
+            yield number, Skip("broken JSON", f"{e} in {text[:60]!r}")
+
+
+def read_json(raw, _):
+    """An array of records, one object, or JSON lines under the wrong name. Values are parsed one at a time from a
+    buffer, so a file of any size is streamed; after a broken one it goes on at the next object."""
+    f = open_text(raw)
+    between = re.compile(r"[\s,\]}\0\ufeff]*")
+    next_object = re.compile(r"\n[ \t]*(?=\{)|\},\s*(?=\{)")
+    buffer = f.read(1 << 20)
+    position = 0
+    closed = True  # whether the array has ended, or there is none
+    if buffer.lstrip("\ufeff \t\r\n").startswith("["):
+        position = buffer.index("[") + 1
+        closed = False
+    is_array = not closed
+
+    def refill():
+        """Drop what is done and read on; False at the end of the file."""
+        nonlocal buffer, position
+        chunk = f.read(max(1 << 20, len(buffer) - position))  # doubling: a long record is not parsed again too often
+        buffer = buffer[position:] + chunk
+        position = 0
+        return bool(chunk)
+
+    number = 1
+    while True:
+        # what stands between two records; the array may end here
+        end = between.match(buffer, position).end()
+        closed = closed or "]" in buffer[position:end]
+        position = end
+        if position == len(buffer):
+            if refill():
+                continue
+            if closed:
+                return
+            raise EOFError("the array does not end")
+        try:
+            start = position
+            record, position = DECODER.raw_decode(buffer, start)
+            closed = not is_array
+            if has_surrogates(buffer[start:position]):
+                record = DECODER.decode(repair(buffer[start:position], f.encoding))
+        except Skip as e:
+            record = e  # not even repair() can read its bytes
+        except BROKEN as e:
+            # it may go on behind the end of the buffer
+            unfinished = breaks_off(e, buffer)
+            if unfinished and len(buffer) - position < 1 << 26 and refill():
+                continue
+            record = Skip("broken JSON", f"{e} in {buffer[position:position + 60]!r}")
+            match = next_object.search(buffer, position + 1)
+            while not match:
+                position = max(position, len(buffer) - 1000)
+                if not refill():
+                    if unfinished:
+                        raise EOFError(f"record {number} does not end") from e
+                    position = len(buffer)
+                    closed = True
+                    break
+                match = next_object.search(buffer, position)
+            if match:
+                position = match.end()
+        yield f"record {number}", record
+        number += 1
+
+
+def read_csv(raw, _):
+    csv.field_size_limit(1 << 26)
+    f = open_text(raw)
+
+    def lines():
+        for line in f:
+            try:
+                yield repair(line, f.encoding).replace("\0", "")
+            except Skip:
+                yield line  # a row may have many lines, so it is judged below
+
+    rows = csv.DictReader(lines(), restkey="more")
+    for row in rows:
+        is_broken = has_surrogates("".join(map(str, row.values())))
+        yield rows.line_num, Skip("wrong encoding", f"{row!a:.60}") if is_broken else row
+
+
+def read_parquet(raw, _):
+    import pyarrow.parquet
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=256):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"row {number}", record
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}

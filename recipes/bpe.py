@@ -1,0 +1,85 @@
+"""
+Byte pair encoding, written to be read: how a vocabulary is learned from text, and how it cuts text into tokens.
+
+    python -m recipes.bpe README_zh.md "床前明月光，疑是地上霜。"     # learn 400 tokens, print them and the text cut up
+
+A vocabulary begins as the 256 bytes, so any text can be spelled. Then, again and again, the two neighbours that stand side
+by side most often become one new token (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). A Chinese character is
+three bytes in UTF-8, so first the frequent characters come into being, then the frequent words. To encode, the same joins
+are made in the order in which they were learned. tokenizer.py leaves all of this to sentencepiece, which is a thousand
+times faster and learns from characters instead of bytes: those that did not get a token are spelled in bytes.
+"""
+import collections
+import re
+import sys
+
+# Tokens never reach from one word into the next: letters, a digit, punctuation, or spaces, the first three with one space.
+WORD = re.compile(r" ?[^\W\d]+| ?\d| ?[^\w\s]+|\s+")
+
+
+def train(text, vocab_size):
+    """Learn a vocabulary: {token (bytes): its id}. The ids are the order of learning."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    # It is enough to look at every different word once, and to remember how often it stands in the text.
+    counts = collections.Counter(WORD.findall(text))
+    words = {word: spell(word) for word in counts}
+    while len(ranks) < vocab_size:
+        # count all pairs of neighbours
+        pairs = collections.Counter()
+        for word, tokens in words.items():
+            for pair in zip(tokens, tokens[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break  # every word is one token
+        # the most frequent pair becomes a token; of equally frequent ones, that which comes first in the text
+        best = max(pairs, key=pairs.get)
+        ranks.setdefault(best[0] + best[1], len(ranks))
+        words = {word: join(tokens, best) for word, tokens in words.items()}
+    return ranks
+
+
+def spell(word):
+    """The bytes of a word, each a token of its own."""
+    return [bytes([byte]) for byte in word.encode()]
+
+
+def join(tokens, pair):
+    """Replace every occurrence of the pair by one token, from left to right."""
+    joined = []
+    for token in tokens:
+        if joined and (joined[-1], token) == pair:
+            joined[-1] += token
+        else:
+            joined.append(token)
+    return joined
+
+
+def encode(text, ranks):
+    """Return the ids of a text."""
+    ids = []
+    for word in WORD.findall(text):
+        tokens = spell(word)
+        while len(tokens) > 1:
+            # of all neighbours that make a token, join those that were learned first
+            pairs = list(zip(tokens, tokens[1:]))
+            best = min(pairs, key=lambda pair: ranks.get(pair[0] + pair[1], len(ranks)))
+            if best[0] + best[1] not in ranks:
+                break
+            tokens = join(tokens, best)
+        ids += [ranks[token] for token in tokens]
+    return ids
+
+
+def decode(ids, ranks):
+    """Return the text of ids. Half a character becomes U+FFFD."""
+    tokens = list(ranks)  # in the order of their ids
+    return b"".join(tokens[i] for i in ids).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    path, text = sys.argv[1:]
+    with open(path, encoding="utf-8") as f:
+        learned = train(f.read(), vocab_size=400)
+    tokens = [token.decode(errors="backslashreplace") for token in learned]
+    print("learned:", " ".join(tokens[256:]))
+    print("cut up: ", " ".join(tokens[i] for i in encode(text, learned)))

@@ -1,0 +1,204 @@
+"""
+Files to documents: every record is read, converted, cleaned and accounted for, and all documents go into one file.
+
+    account = Account(find_files("corpus/"))
+    table = write_documents(read_documents(cfg, account), folder, seed)     # one row a document: 18 bytes
+    account.check(cfg, len(table))                                          # stops where much would be lost
+    Documents(folder)[7]                                                    # the text of document 7
+
+A record is kept, or dropped by a rule (too short, a duplicate), or skipped because it cannot be used: these three add up to
+the records read. Of every file the account tells which fields were used, and which were ignored.
+"""
+import collections
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import check
+from recipes.records import Part, Skip, read_file, stem
+from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold
+
+ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # what is kept of a document in memory
+ANY = 0  # which split it asks for
+TRAIN = 1
+VAL = 2
+
+
+# ---------------------------------------------------------------------------- reading, and what becomes of every record
+
+
+class Account:
+    """What became of all records. counts: "read", "kept", "parts" (records that go on in the next one) and the reasons
+    ("skipped" | "dropped" | "cut" | "noticed", reason); fields: path → Tally."""
+
+    def __init__(self, files):
+        self.files = files
+        self.counts = collections.Counter()
+        self.fields = collections.defaultdict(Tally)
+
+    def reasons(self, what):
+        return {key[1]: n for key, n in self.counts.most_common() if key[0] == what and n}
+
+    def check(self, cfg, n_documents):
+        """Stop where too many records, too much of the files, or a field that holds most of the text would be lost."""
+        read = self.counts["read"]
+        check(read, f"--input={cfg.input} holds no records: its files are empty")
+        skipped = self.reasons("skipped")
+        n = sum(skipped.values())
+        check(n <= cfg.max_skipped * read, f"{n:,} of {read:,} records cannot be used ({n / read:.1%}, more than "
+              f"max_skipped={cfg.max_skipped}): {listed(skipped)}. The first are listed above. Is --kind={cfg.kind} right? "
+              "--max_skipped=1 goes on without them")
+        lost = self.counts["noticed", "bytes not read"]
+        size = sum(map(os.path.getsize, self.files))
+        check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read ({lost / size:.1%}, more than "
+              f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
+        check(n_documents, f"nothing is left of {read:,} records. Dropped: {listed(self.reasons('dropped'))}")
+        known = () if cfg.kind == "text" else CHAT
+        for path, tally in self.fields.items():
+            for name, characters in tally.ignored_characters.items():
+                is_fine = cfg.fields or name in known or characters <= tally.characters
+                check(is_fine, f"{path}: the field {name}, which would be ignored, holds more text than all that is used "
+                      f"({', '.join(tally.used)}). Say which fields to learn: --fields=text:{name} of a text, or "
+                      "--fields=question:…,answer:… of a chat")
+
+    def add_order(self, numbers, n_documents):
+        """Count the documents that divide() left out, or put in again."""
+        everything = np.concatenate([numbers["train"], numbers["val"]])
+        unique = int((everything < n_documents).sum())
+        self.counts["dropped", "duplicate"] = n_documents - unique
+        self.counts["noticed", "repeated documents"] = len(everything) - unique
+
+    def add_splits(self, totals):
+        """Add the counts of the tokenized splits."""
+        for counts in totals.values():
+            self.counts.update(counts)
+        check(totals["train"]["documents"], f"nothing to train on: of {self.counts['read']} records "
+              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out). Dropped: "
+              f"{listed(self.reasons('dropped')) or 'none'}")
+
+    def summary(self):
+        """For meta.json."""
+        fields = {path: {"used": tally.used, "ignored": tally.ignored} for path, tally in self.fields.items()}
+        reasons = {what: self.reasons(what) for what in ("dropped", "skipped", "cut", "noticed")}
+        return {"read": self.counts["read"], "kept": self.counts["kept"], **reasons, "sources": self.files,
+                "fields": fields}
+
+
+def listed(counts):
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def read_documents(cfg, account):
+    """Yield (document as bytes, split it asks for, how often to train on it)."""
+    files = account.files
+    counts = account.counts
+    fields = read_names(cfg, "fields", CHAT | TEXT | {"split"})
+    repeat = dict(read_names(cfg, "repeat", {stem(path) for path in files}))
+    is_divided = any(split_of(stem(path)) == "train" for path in files)  # into files like train-00.jsonl, test-00.jsonl
+    for path, where, record in read_records(files, cfg):
+        counts["read"] += 1
+        counts["parts"] += isinstance(record, Part)
+        try:
+            content, notes = convert(record, cfg.kind, fields)
+        except Skip as skip:
+            # count the reason, and show where to look for the first three of each
+            what = "dropped" if isinstance(skip, Drop) else "skipped"
+            counts[what, skip.reason] += 1
+            counts["noticed", "bytes not read"] += skip.lost
+            if what == "skipped" and counts[what, skip.reason] <= 3:
+                tqdm.write(f"skipped {where}: {skip}"[:300], file=sys.stderr)
+            continue
+        text = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
+        account.fields[path].add(notes, len(text))
+        for reason, n in notes.cut.items():
+            counts["cut", reason] += n
+        if cfg.kind == "text" and len(text) < cfg.min_length:
+            counts["dropped", "too short"] += 1
+            continue
+        split = notes.split or (split_of(stem(path)) if is_divided else None)
+        yield text.encode(), {"train": TRAIN, "val": VAL}.get(split, ANY), repeat.get(stem(path), 1)
+
+
+def read_records(files, cfg):
+    """Yield (path, where, record) of all files, under a progress bar that counts bytes of the files."""
+    with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="read", disable=None) as bar:
+        done = 0
+        for path in files:
+            with open(path, "rb") as raw:
+                for where, record in read_file(path, raw, cfg.txt_document):
+                    bar.update(max(0, done + raw.tell() - bar.n))
+                    for item in unfold(record, cfg.kind):
+                        yield path, where, item
+            done += os.path.getsize(path)
+
+
+def read_names(cfg, setting, known):
+    """[("a", "b"), …] of a setting like "a:b,c:d"; the first names must be known ones."""
+    value = getattr(cfg, setting)
+    pairs = []
+    for item in filter(None, value.split(",")):
+        name, _, meaning = item.strip().partition(":")
+        check(name in known and meaning, f"--{setting}={value}: wanted NAME:VALUE,NAME:VALUE, where NAME is one of "
+              f"{', '.join(sorted(known))}")
+        if setting == "repeat":
+            check(meaning.isdecimal() and 0 < int(meaning) < 256, f"--repeat={value}: wanted {name}:1 to {name}:255")
+            meaning = int(meaning)
+        pairs.append((name, meaning))
+    return pairs
+
+
+# ---------------------------------------------------------------------------- all documents in one file
+
+
+def write_documents(documents, folder, seed):
+    """Append all documents to one file in `folder`. Return an array of ROW, one for each."""
+    def rows():
+        for document, split, times in documents:
+            f.write(document)
+            digest = hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest()
+            yield int.from_bytes(digest, "big"), f.tell(), split, times
+
+    with open(os.path.join(folder, "documents"), "wb") as f:
+        table = np.fromiter(rows(), ROW)
+    table["end"].tofile(os.path.join(folder, "documents.ends"))
+    return table
+
+
+class Documents:
+    """What write_documents() wrote: documents[i] is the text of document i. Numbers from len(documents) on are copies."""
+
+    def __init__(self, folder):
+        self.file = open(os.path.join(folder, "documents"), "rb")
+        self.ends = np.memmap(os.path.join(folder, "documents.ends"), "i8", mode="r")
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, number):
+        i = number % len(self)
+        begin = self.ends[i - 1] if i else 0
+        self.file.seek(begin)
+        return self.file.read(self.ends[i] - begin).decode()
+
+
+def cut_in_two(folder, val_fraction):
+    """Cut all documents, which are a single text such as a novel, by position, and with it one document in two. Return
+    {"train": numbers, "val": numbers}."""
+    path = os.path.join(folder, "documents")
+    size = os.path.getsize(path)
+    # of a short one more than val_fraction: a few hundred characters are the least to measure a loss on
+    wanted = int(max(val_fraction * size, min(size / 10, 3000), 4))
+    with open(path, "rb") as f:
+        f.seek(max(size - wanted, 0))
+        text = f.read().lstrip(bytes(range(0x80, 0xC0)))  # not from within a character
+    ends = np.fromfile(path + ".ends", "i8")
+    i = np.searchsorted(ends, size - len(text), side="right")
+    ends = np.insert(ends, i, size - len(text))
+    ends.tofile(path + ".ends")
+    numbers = np.arange(len(ends))
+    numbers[i + 1] += len(ends)  # counts as a copy: it is no record of its own
+    return {"train": numbers[:i + 1], "val": numbers[i + 1:]}

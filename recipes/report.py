@@ -1,0 +1,85 @@
+"""
+What prepare.py prints of a finished folder: the account of all records, and the first documents with what is learned.
+"""
+import collections
+import json
+import os
+import sys
+
+import numpy as np
+
+from recipes.documents import listed
+from tokenizer import load_tokenizer
+
+
+def report(folder):
+    """Print what meta.json says."""
+    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+        meta = json.load(f)
+    print(f"{folder}: {meta['kind']}, vocabulary {meta['vocab_size']:,}, {meta['dtype']}")
+    dropped = sum(meta["dropped"].values())
+    skipped = sum(meta["skipped"].values())
+    print(f"  read {meta['read']:,} records of {len(meta['sources']):,} files = {meta['kept']:,} kept + {dropped:,} dropped + "
+          f"{skipped:,} skipped")
+    for what in ("dropped", "skipped", "cut", "noticed"):
+        if meta[what]:
+            print(f"  {what}: {listed(meta[what])}")
+    # files whose records have the same fields make one line
+    alike = collections.defaultdict(list)
+    for path, fields in meta["fields"].items():
+        alike[tuple(fields["used"]), tuple(fields["ignored"])].append(path)
+    for paths in alike.values():
+        files = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        for what in ("used", "ignored"):
+            counts = collections.Counter()
+            for path in paths:
+                counts.update(meta["fields"][path][what])
+            if counts:
+                print(f"  fields {what} of {files}: {listed(counts)}")
+    for split in ("train", "val"):
+        print(f"  {split}: " + ", ".join(f"{n:,} {field}" for field, n in meta[split].items()))
+    if not meta["val"]["documents"]:
+        print("  val is EMPTY: training on this folder cannot measure a validation loss")
+    both = (meta["train"], meta["val"])
+    characters = sum(split["characters"] for split in both)
+    tokens = sum(split.get("learned", split["tokens"]) for split in both)  # those that characters counts
+    megabytes = sum(split["bytes"] for split in both) / 1e6
+    print(f"  {characters / max(tokens, 1):.2f} characters a token, {megabytes:.1f} MB in {meta['seconds']} s, "
+          f"{megabytes / max(meta['seconds'], 0.1):.1f} MB/s, peak memory {meta['memory'] / 1e6:.0f} MB beside the workers'")
+
+
+def peak_memory():
+    """The most bytes of memory that this process has held; 0 on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def show(folder, count):
+    """Print the first documents of the training split: learned tokens green, others dim; plain text is all learned."""
+    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+        meta = json.load(f)
+    tok = load_tokenizer(folder)
+
+    def memmap(name, dtype):
+        path = os.path.join(folder, f"train.{name}")
+        return np.memmap(path, dtype, mode="r") if os.path.exists(path) else None
+
+    tokens = memmap("bin", meta["dtype"])
+    masks = memmap("mask", np.uint8)
+    offsets = memmap("idx", np.int64)
+    if offsets is None:  # texts follow each other, each ends with <|endoftext|>
+        offsets = np.append(0, np.flatnonzero(tokens[:1_000_000] == tok.eot_id) + 1)
+    for i in range(min(count, len(offsets) - 1)):
+        part = slice(offsets[i], min(offsets[i + 1], offsets[i] + 1000))
+        ids = tokens[part]
+        mask = np.zeros(len(ids)) if masks is None else masks[part]
+        # one piece after another, each of tokens that are all learned or all not
+        borders = np.flatnonzero(np.diff(mask)) + 1
+        text = ""
+        for piece, learned in zip(np.split(ids, borders), np.split(mask, borders)):
+            colour = "\033[32m" if learned.any() else "\033[2m"
+            text += f"{colour}{tok.decode(piece)}\033[0m"
+        print(f"--- {i + 1}\n{text}")

@@ -1,0 +1,571 @@
+"""
+Records to what a stage learns from: every schema there is, told by the names of a record's fields.
+
+    convert({"question": "月亮是什么？", "answer": "地球的卫星。"}, "sft")
+        → [{"role": "user", "content": "月亮是什么？"}, {"role": "assistant", "content": "地球的卫星。"}], notes
+
+text      "…"
+sft       messages that end with an answer; "weight": 0 in an answer that is not to be learned
+prompts   messages that end with a question
+pairs     {"prompt": messages, "answers": [best, …, worst]}
+
+Nothing is left out in silence: the notes say which fields were used, which ignored, and what was cut off. A record that
+cannot be used raises Skip with the reason; where it is unclear which field holds what, the reason asks for --fields.
+"""
+import collections
+import dataclasses
+import itertools
+import json
+import re
+import unicodedata
+
+from recipes.records import Skip
+
+# The names that fields have in data sets. Of questions all that are there are joined, of answers there can be but one.
+SYSTEM = ("system", "system_prompt")
+QUESTION = ("instruction", "prompt", "question", "query", "context", "input")
+ANSWER = ("output", "answer", "response", "completion", "target")
+TURNS = ("messages", "conversations", "conversation", "dialogue")
+CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response")
+REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tools", "functions")
+THUMB = ("label", "kto_tag")
+CHAT = {"history", "data", "responses", "ranks", "order", *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED,
+        *REASONING, *TOOLS, *THUMB}
+TEXT = {"text", "content", "completion", "title", "summary", "sections"}
+
+# The fields of one turn.
+SPEAKER = ("role", "from")
+CONTENT = ("content", "value", "text")
+CALLS = ("tool_calls", "function_call")
+WEIGHT = ("weight", "loss", "train")
+TURN = {*SPEAKER, *CONTENT, *CALLS, *WEIGHT, *REASONING}
+ROLES = {"user": "user", "human": "user", "用户": "user", "assistant": "assistant", "gpt": "assistant",
+         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant",
+         "moss": "assistant", "助手": "assistant", "function_call": "assistant", "system": "system",
+         "developer": "system", "tool": "tool", "observation": "tool", "function": "tool"}
+
+
+class Drop(Skip):
+    """Why a record is left out although nothing is wrong with it."""
+
+
+@dataclasses.dataclass
+class Notes:
+    """What became of the fields of one record."""
+    used: set = dataclasses.field(default_factory=set)
+    ignored: dict = dataclasses.field(default_factory=dict)  # name → characters of text in it
+    cut: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what was cut off → how often
+    split: str = None  # "train" or "val", where the record asks for one
+
+
+class Tally:
+    """What became of the fields of all records of a file: name → in how many records it was used, or ignored."""
+
+    def __init__(self):
+        self.used = collections.Counter()
+        self.ignored = collections.Counter()
+        self.ignored_characters = collections.Counter()
+        self.characters = 0  # of all that is made of the records
+
+    def add(self, notes, characters):
+        self.characters += characters
+        self.used.update(notes.used)
+        for name, n in notes.ignored.items():
+            if len(self.ignored) >= 100 and name not in self.ignored:
+                name = "(other fields)"  # of records whose names are numbers or words
+            self.ignored[name] += 1
+            self.ignored_characters[name] += n
+
+
+def convert(record, kind, fields=()):
+    """Return (content, Notes) of a record, or raise Skip.
+
+    fields: [(our name, the name in the record), …] of --fields; all other fields are ignored then.
+    """
+    if isinstance(record, Skip):
+        raise record
+    if not isinstance(record, (dict, list, str)):
+        raise Skip("wrong type", f"wanted an object with named fields, got {brief(record)}")
+    notes = Notes()
+    try:
+        named = rename(record, fields) if fields else record
+        content = CONVERTERS[kind](named, notes)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+        raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
+    if isinstance(record, dict):
+        notes.split = split_of(record.get("split"))
+        if notes.split:
+            notes.used.add("split")
+        if fields:
+            notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used | {"split"}}
+        note_rest(record, notes.used, notes)
+    return content, notes
+
+
+def split_of(name):
+    """The split that is meant by "validation", "dev", "test_sft" and the like: "train", "val" or None."""
+    name = str(name).lower()
+    if name.startswith("train"):
+        return "train"
+    if name.startswith(("val", "dev", "test", "eval", "heldout", "held_out")):
+        return "val"
+    return None
+
+
+def rename(record, fields):
+    """The record under our names. Fields that get one name are joined by a line break."""
+    renamed = {}
+    for ours, theirs in fields:
+        value = record
+        for name in theirs.split("."):  # "meta.text" lies inside of meta
+            value = value.get(name) if isinstance(value, dict) else None
+        if is_empty(value):
+            continue
+        if ours in renamed:
+            value = as_text(renamed[ours], ours) + "\n" + as_text(value, theirs)
+        renamed[ours] = value
+    if not renamed:
+        raise Skip("no such field", f"--fields names {', '.join(theirs for _, theirs in fields)}, {there(record)}")
+    return renamed
+
+
+# ---------------------------------------------------------------------------- fields
+
+
+def is_empty(value):
+    """Whether there is nothing in a field. 0 and False are something: answers to sums may be 0."""
+    return value is None or value in ("", [], {})
+
+
+def filled(record, names):
+    """Those of the names whose fields are not empty."""
+    return [name for name in names if not is_empty(record.get(name))]
+
+
+def first(record, names):
+    """The first of these fields that is not empty, else None."""
+    return next((record[name] for name in filled(record, names)), None)
+
+
+def take(record, notes, *names):
+    """first(), and it counts as used."""
+    notes.used.update(filled(record, names)[:1])
+    return first(record, names)
+
+
+def as_text(value, name, glue=""):
+    """The text in a field: a string, a number, or a list of parts such as {"type": "text", "text": "…"}."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list):
+        return glue.join(as_text(part, name) for part in value)
+    if isinstance(value, dict) and value.get("type", "text") == "text":
+        for key in ("text", "value", "content"):
+            if isinstance(value.get(key), str):
+                return value[key]
+    what = value.get("type", "fields") if isinstance(value, dict) else type(value).__name__
+    raise Skip("wrong type", f"{name} holds {what}, wanted text: {brief(value)}")
+
+
+def as_list(value, name):
+    """The list in a field; in CSV files lists are JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Skip("wrong type", f"{name} holds the text {brief(value)}, wanted a list") from None
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def note_rest(item, known, notes, prefix=""):
+    """Note the fields of a record that are ignored, or of a part of it."""
+    for key, value in item.items():
+        if key not in known and not is_empty(value):
+            notes.ignored[clean(prefix + key)] = len(value) if isinstance(value, str) else 0
+
+
+def brief(value):
+    """How a value begins."""
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def there(record):
+    """Which fields there are, for an error message."""
+    if isinstance(record, dict):
+        return f"the fields are {', '.join(map(str, record))}"
+    return f"the record is a {'list' if isinstance(record, list) else 'text'}"
+
+
+# ---------------------------------------------------------------------------- text
+
+LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
+BLANK_LINES = re.compile("\n{3,}")
+
+
+def clean(text):
+    """NFC, line ends as \\n, no control characters, no spaces at line ends, at most one blank line in a row.
+    Punctuation stays as it is: full-width forms are how Chinese is written."""
+    text = CONTROLS.sub("", LINE_ENDS.sub("\n", text))
+    text = "\n".join([line.rstrip() for line in unicodedata.normalize("NFC", text).split("\n")])
+    return BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def to_text(record, notes):
+    """text | content, after its title | title + summary + sections [{title, content}] (Baidu Baike) | completion"""
+    if isinstance(record, str):
+        return clean(record)
+    if isinstance(record, list):
+        raise Skip("no text field", there(record))
+    parts = [take(record, notes, "text")]
+    if parts[0] is None:
+        is_article = not (is_empty(record.get("title")) and is_empty(record.get("sections")))
+        parts = [take(record, notes, "content", *["summary"] * is_article)]
+        for section in as_list(take(record, notes, "sections"), "sections"):
+            parts += [take(section, notes, "title"), take(section, notes, "content")]
+            note_rest(section, ("title", "content"), notes, "sections.")
+        if any(parts):
+            parts.insert(0, take(record, notes, "title"))
+    if not any(parts) and not any(name in record for name in QUESTION):
+        parts = [take(record, notes, "completion")]
+    if not any(parts):
+        if {"text", "content", "completion"} & set(record):
+            raise Skip("empty", f"{brief(record)}")
+        longest = max(record, key=lambda name: len(str(record[name])), default="…")
+        raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns {longest}")
+    for part in parts:
+        if not (part is None or isinstance(part, (str, list))):
+            raise Skip("wrong type", f"wanted text, got {brief(part)}")
+    return clean("\n".join(as_text(part, "text", glue="\n") for part in parts if part))
+
+
+# ---------------------------------------------------------------------------- messages
+
+TRANSCRIPT = re.compile(r"(?:^|\n|###)[ \t]*(Human|User|Assistant|用户|助手)[ \t]*[:：]")
+
+
+def message(role, text, weight=1):
+    """One message as render_chat() takes it. weight 0: an answer that is not learned."""
+    made = {"role": role, "content": clean(text).strip()}
+    if weight == 0:
+        made["weight"] = 0
+    return made
+
+
+def said(text, role):
+    """Messages of a text: one, or those of a transcript, "Human: … Assistant: …"."""
+    # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
+    before, *parts = TRANSCRIPT.split(text)
+    speakers = [ROLES[name.lower()] for name in parts[::2]]
+    if before.strip() or speakers[:1] != ["user"] or "assistant" not in speakers:
+        return [message(role, text)]
+    messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
+    if not messages[-1]["content"]:
+        messages.pop()  # "Assistant:" at the end asks for the answer
+    return messages
+
+
+def read_turns(value, name, notes, role=None):
+    """Messages of a field that holds turns: a list, a single turn, a transcript, or JSON text of these.
+
+    A turn is {role|from, content|value|text}; {human: …, assistant: …}; a pair [question, answer]; or a text: texts in a
+    list are said in turns, the user begins. role: who says what does not tell.
+    """
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        return said(value, role or "user")
+    messages = []
+    for turn in as_list(value, name):
+        if isinstance(turn, dict):
+            messages += read_turn(turn, name, notes, role)
+            continue
+        for text in turn if isinstance(turn, list) else [turn]:
+            asked = messages and messages[-1]["role"] == "user"
+            messages.append(message("assistant" if asked else "user", as_text(text, name)))
+    return messages
+
+
+def read_turn(turn, name, notes, role=None):
+    """Messages of a turn that is a dict, as a rule one."""
+    speaker = turn.get("role") or turn.get("from") or role
+    if speaker is None:
+        speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
+        if speakers:
+            note_rest(turn, speakers, notes, f"{name}.")
+            return [message(speaker, as_text(turn[key], name)) for key, speaker in speakers.items()]
+    role = ROLES.get(str(speaker).lower())
+    if role is None:
+        raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
+    note_rest(turn, TURN, notes, f"{name}.")
+    content = first(turn, CONTENT)
+    if speaker == "function_call":
+        content = call_tools(content)
+    elif role == "tool" and not isinstance(content, str):
+        content = as_json(content)
+    # what a model thinks, says and calls are one text to learn, in this order
+    parts = [think(first(turn, REASONING)), as_text(content, name)]
+    parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
+    text = "\n".join(part for part in parts if part)
+    is_learned = all(turn.get(key) in (None, 1) for key in WEIGHT)
+    return [message(role, text, weight=int(is_learned))]
+
+
+def speaker_of(key):
+    """Who says what a field of this name holds: "user", "assistant", … or None."""
+    if key in QUESTION:
+        return "user"
+    if key in ANSWER:
+        return "assistant"
+    return ROLES.get(key.lower())
+
+
+def think(reasoning):
+    """What a model thinks before it answers, as the text it writes; "" where it does not."""
+    return f"<think>\n{as_text(reasoning, 'reasoning').strip()}\n</think>\n" if reasoning else ""
+
+
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def from_json(value):
+    """The value that a text stands for as JSON, or the text itself."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def call_tools(calls):
+    """Calls of tools as the text a model writes, each as <tool_call>, JSON, </tool_call> on three lines."""
+    calls = from_json(calls)
+    lines = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        if isinstance(call, dict):
+            call = call.get("function", call)
+        if isinstance(call, dict) and "name" in call:
+            call = as_json({"name": call["name"], "arguments": from_json(call.get("arguments", {}))})
+        lines += ["<tool_call>", call if isinstance(call, str) else as_json(call), "</tool_call>"]
+    return "\n".join(lines)
+
+
+def list_tools(tools):
+    """The tools a model may call, as text for the system message: one JSON a line."""
+    tools = from_json(tools)
+    lines = [tool if isinstance(tool, str) else as_json(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    return "\n".join(["<tools>", *lines, "</tools>"])
+
+
+def until_answer(messages):
+    """Without the turns after the last answer: there is nothing to learn from them."""
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+# ---------------------------------------------------------------------------- conversations
+
+
+def to_prompt(record, notes):
+    """What comes before the answer: system, tools, history, and turns or a question."""
+    if isinstance(record, str):
+        record = {"prompt": record}
+    if isinstance(record, list):
+        record = {"messages": record}
+    messages = []
+    system = take(record, notes, *SYSTEM)
+    if system is not None:
+        messages.append(message("system", as_text(system, "system")))
+    messages += read_turns(take(record, notes, "history"), "history", notes)
+    turns = take(record, notes, *TURNS)
+    if turns is None and not any(name in record for name in QUESTION):
+        turns = take(record, notes, "data")
+    if turns is not None:
+        messages += read_turns(turns, "messages", notes)
+    else:
+        messages += read_question(record, notes)
+    tools = take(record, notes, *TOOLS)
+    if tools is not None:
+        if not messages or messages[0]["role"] != "system":
+            messages.insert(0, message("system", ""))
+        messages[0] = message("system", messages[0]["content"] + "\n\n" + list_tools(tools))
+    return messages
+
+
+def read_question(record, notes):
+    """The question: all fields that are part of it, in the order of QUESTION; or a whole transcript in `text`."""
+    messages = []
+    texts = []
+    for name in QUESTION:
+        value = take(record, notes, name)
+        if isinstance(value, (list, dict)):
+            messages += read_turns(value, name, notes)
+        elif value is not None and as_text(value, name) not in texts:
+            texts.append(as_text(value, name))
+    if texts:
+        messages += said("\n".join(texts), "user")
+    elif not messages and TRANSCRIPT.search(str(record.get("text"))):
+        messages = said(as_text(take(record, notes, "text"), "text"), "user")
+    return messages
+
+
+def read_answer(record, notes):
+    """The answer to the question: the one field of ANSWER that is there."""
+    names = [name for name in ANSWER if not is_empty(record.get(name))]
+    if not names:
+        return []
+    value = take(record, notes, *names)
+    for name in names:
+        notes.used.add(name)
+        if record[name] != value:
+            raise Skip("two answers", f"{' and '.join(names)} differ: --fields=question:…,answer:{name} learns {name}")
+    if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
+        if len(value) > 1:
+            raise Skip("several answers", f"{names[0]} holds {len(value)}, best first? Then --kind=pairs ranks them")
+        value = value[0]
+    if isinstance(value, (list, dict)):
+        return read_turns(value, names[0], notes, "assistant")
+    parts = [think(take(record, notes, *REASONING)), as_text(value, names[0])]
+    return [message("assistant", "\n".join(part for part in parts if part))]
+
+
+def is_thumbs_down(record, notes):
+    """Whether a record says of its one answer that it is bad."""
+    for name in filled(record, THUMB):
+        word = str(record[name]).lower()
+        if word in ("true", "false"):
+            notes.used.add(name)
+            return word == "false"
+    return False
+
+
+def to_conversation(record, notes):
+    """A conversation that ends with an answer."""
+    messages = to_prompt(record, notes)
+    if isinstance(record, dict):
+        if is_thumbs_down(record, notes):
+            raise Drop("thumbs down")
+        if not messages or messages[-1]["role"] != "assistant":
+            messages += read_answer(record, notes)
+    messages = [m for m in messages if m["content"] or m["role"] != "system"]
+    # after an empty turn nobody knows who says what, and after the last answer there is nothing to learn
+    before_empty = list(itertools.takewhile(lambda m: m["content"], messages))
+    if len(before_empty) < len(messages):
+        notes.cut["turns from an empty one on"] += 1
+    whole = until_answer(before_empty)
+    if len(whole) < len(before_empty):
+        notes.cut["a question without an answer"] += 1
+    if any(m["role"] == "user" for m in whole):
+        return whole
+    # there is nothing to learn: is that for lack of words, or are the fields unknown?
+    names = set(TURNS) if isinstance(record, list) else set(record) if isinstance(record, dict) else set()
+    is_known = names & {"data", *TURNS} or names & set(QUESTION) and names & set(ANSWER)
+    if messages and is_known:
+        raise Skip("empty", "no question with an answer")
+    raise Skip("no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and an "
+               f"answer ({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
+
+
+def to_question(record, notes):
+    """For PPO: a conversation up to its last question."""
+    messages = [m for m in to_prompt(record, notes) if m["content"]]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise Skip("no question", f"{there(record)}; wanted messages, or one of {', '.join(QUESTION)}: "
+                   "--fields=question:… says which is the question")
+    return messages
+
+
+# ---------------------------------------------------------------------------- ranked answers
+
+
+def read_ranks(record, notes):
+    """The answers to one question and their ranks, the lowest is the best: responses with ranks or with an order (their
+    indices, best first); one chosen and one or more rejected; or a list of answers, best first."""
+    answers = take(record, notes, "responses")
+    if answers is not None:
+        answers = as_list(answers, "responses")
+        ranks = as_list(take(record, notes, "ranks"), "ranks")
+        if not ranks:
+            order = as_list(take(record, notes, "order"), "order")
+            ranks = [order.index(i) if i in order else None for i in range(len(answers))]
+        if len(ranks) != len(answers) or not all(isinstance(rank, (int, float)) for rank in ranks):
+            raise Skip("no ranking", f"{len(answers)} responses, but ranks or order are {ranks}")
+        return answers, ranks
+    chosen = take(record, notes, *CHOSEN)
+    rejected = take(record, notes, *REJECTED)
+    if chosen is not None and rejected is not None:
+        several = isinstance(rejected, list) and all(isinstance(answer, str) for answer in rejected)
+        rejected = rejected if several else [rejected]
+        return [chosen, *rejected], [0] + [1] * len(rejected)
+    answers = take(record, notes, *ANSWER)
+    if isinstance(answers, list) and len(answers) > 1:
+        return answers, list(range(len(answers)))
+    hint = "; thumbs up or down of one answer: --kind=sft learns the good ones" if filled(record, THUMB) else ""
+    raise Skip("no ranked answers", f"{there(record)}; wanted chosen and rejected, responses and ranks, or a list of answers"
+               f"{hint}. --fields=chosen:…,rejected:… says which is which")
+
+
+def to_ranking(record, notes):
+    """A question and its answers: {"prompt": messages, "answers": [best, …, worst]}."""
+    if not isinstance(record, dict):
+        raise Skip("no ranked answers", there(record))
+    prompt = to_prompt(record, notes)
+    system = [m for m in prompt if m["role"] == "system"]
+    answers, ranks = read_ranks(record, notes)
+    whole = []  # every answer at the end of its conversation, the best first
+    by_rank = sorted(range(len(answers)), key=lambda i: ranks[i])
+    for i in by_rank:
+        if isinstance(answers[i], (list, dict)):
+            turns = read_turns(answers[i], "answers", notes, "assistant")
+        else:
+            turns = said(as_text(answers[i], "answers"), "assistant")
+        if turns and turns[0]["role"] == "assistant":
+            turns = prompt + turns
+        elif turns and turns[0]["role"] != "system":
+            turns = system + turns  # the answer comes with the whole conversation
+        whole.append(turns)
+    if not all(turns and all(m["content"] for m in turns) for turns in whole):
+        raise Skip("empty", "a question or an answer has no words")
+    prompts = [turns[:-1] for turns in whole]
+    if any(turns[:-1] != prompts[0] or turns[-1]["role"] != "assistant" for turns in whole):
+        raise Skip("answers to different prompts")
+    if not prompts[0]:
+        raise Skip("empty", "no question")
+    # "Best first" cannot say "equally good": of answers with one rank, or with the same words, the first stays.
+    kept = []
+    seen = set()
+    for i, turns in zip(by_rank, whole):
+        words = turns[-1]["content"]
+        if ranks[i] not in seen and words not in seen:
+            kept.append(words)
+        seen |= {ranks[i], words}
+    if len(kept) < len(whole):
+        notes.cut["tied or equal answers"] += len(whole) - len(kept)
+    return {"prompt": prompts[0], "answers": kept}
+
+
+CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}
+
+
+def unfold(record, kind):
+    """The records that are kept in one: a list of documents (WuDao), or {instruction, instances: [{input, output}, …]}."""
+    if kind == "text" and isinstance(record, list):
+        yield from record
+    elif isinstance(record, dict) and isinstance(record.get("instances"), list):
+        shared = {name: value for name, value in record.items() if name != "instances"}
+        for instance in record["instances"]:
+            yield {**shared, **instance} if isinstance(instance, dict) else instance
+    else:
+        yield record
