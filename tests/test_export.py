@@ -203,8 +203,12 @@ def test_foreign_vocabularies_are_refused(lines, place):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_prefix=str(place / "foreign"), vocab_size=1500, minloglevel=2,
             character_coverage=0.98, hard_vocab_limit=False, **{**settings, **changes})
-        with pytest.raises(SystemExit, match=message):
-            vocabulary.tokenizer_json(load_tokenizer(f"{place}/foreign.model"))
+        foreign = load_tokenizer(f"{place}/foreign.model")
+        run = save_run(place / "foreign", make("llama", foreign.vocab_size), foreign)
+        for to in ("hf", "gguf"):
+            with pytest.raises(SystemExit, match=message):
+                export.main(export.Config(run, to, out=f"{place}/foreign-{to}"))
+            assert not os.path.exists(f"{place}/foreign-{to}")
     refused("is no BPE", model_type="unigram")
     refused("no byte fallback", byte_fallback=False)
     refused("rewrites its text", normalization_rule_name="nmt_nfkc")
@@ -549,6 +553,7 @@ def test_commands(folder, tok, place, monkeypatch, capsys):
             ([f"{place}/back", f"--from={folder}", f"--out={place}/x"], "one of the two"),
             ([f"--from={folder}", f"--out={place}/back"], "holds a run already"),
             ([f"--from={place}/nowhere", f"--out={place}/x"], "no config.json"),
+            ([f"{place}/back", "--dtype=f16", f"--out={place}/x"], "--dtype=f16 is for --to=gguf"),
             ([f"{place}/back", "--to=onnx", f"--out={place}/x"], "known are hf, gguf, peft")]:
         with pytest.raises(SystemExit, match=message):
             command(monkeypatch, *words)

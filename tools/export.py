@@ -99,6 +99,8 @@ def write_safetensors(folder, name, tensors):
 
 def write_tokenizer(tok, folder, max_seq_len, stage):
     """Write tokenizer.json, the chat template, and tokenizer.model, which lets the folder be brought in again."""
+    theirs = tokenizer_json(tok)    # first: a vocabulary that cannot be exported leaves no folder behind
+    os.makedirs(folder, exist_ok=True)
     template = REWARD_TEMPLATE if stage == "reward" else CHAT_TEMPLATE
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, "bos_token": None,
               "eos_token": "<|endoftext|>" if stage == "pretrain" else "<|im_end|>", "pad_token": "<|pad|>",
@@ -108,7 +110,7 @@ def write_tokenizer(tok, folder, max_seq_len, stage):
         with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
             f.write(template)
     write_json(folder, "tokenizer_config.json", config)
-    write_json(folder, "tokenizer.json", tokenizer_json(tok))
+    write_json(folder, "tokenizer.json", theirs)
     tok.save(os.path.join(folder, "tokenizer.model"))
 
 
@@ -135,11 +137,10 @@ def config_and_weights(model, tok, stage):
 def write_hf(model, tok, stage, folder):
     """Write a Transformer as a folder of transformers."""
     config, weights = config_and_weights(model, tok, stage)
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(folder, "model.safetensors", weights)
+    write_tokenizer(tok, folder, model.config.max_seq_len, stage)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", end_ids(tok, stage))
-    write_tokenizer(tok, folder, model.config.max_seq_len, stage)
+    write_safetensors(folder, "model.safetensors", weights)
 
 
 def write_hf_reward(model, tok, folder):
@@ -157,10 +158,9 @@ def write_hf_reward(model, tok, folder):
     config["problem_type"] = "regression"   # the number itself, no sigmoid of it
     config["score_bias"] = model.head.bias.item()
     weights["score.weight"] = model.head.weight
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(folder, "model.safetensors", weights)
-    write_json(folder, "config.json", config)
     write_tokenizer(tok, folder, model.config.max_seq_len, "reward")
+    write_json(folder, "config.json", config)
+    write_safetensors(folder, "model.safetensors", weights)
 
 
 # ---------------------------------------------------------------------------- llama.cpp
@@ -291,7 +291,6 @@ def write_gguf(model, tok, stage, path, dtype="f32"):
         "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
         "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     }[dtype]
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     writer = gguf.GGUFWriter(path, gguf_architecture(model.config))
     writer.add_name("mingyue")
     writer.add_file_type(file_type)
@@ -303,6 +302,7 @@ def write_gguf(model, tok, stage, path, dtype="f32"):
         exact = values.ndim == 1 or "ffn_gate_inp" in name or (dtype == "q8_0" and values.shape[-1] % 32)
         kind = gguf.GGMLQuantizationType.F32 if exact else matrices
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -327,7 +327,7 @@ def peft_adapters(state, config):
     adapters = {}
     for name, a in state.items():
         if not name.endswith(".lora_a"):
-            continue
+            continue    # its B is taken with it
         _, layer, module = name.removesuffix(".lora_a").split(".", 2)       # blocks.3.attn.qkv
         check(not config.n_experts or module.startswith("attn."),
               f"of a mixture of experts peft can adapt the attention alone, and this run adapts {module}: train it "
@@ -344,7 +344,7 @@ def peft_adapters(state, config):
 
 def run_folder(path):
     """Return the folder of a run that was named by its folder or by a file in it."""
-    return path if os.path.isdir(path) else os.path.dirname(path)
+    return path if os.path.isdir(path) else os.path.dirname(path) or "."
 
 
 def write_peft(path, folder):
@@ -356,6 +356,7 @@ def write_peft(path, folder):
     adapters = peft_adapters(checkpoint["model"], base.config)
     base_folder = os.path.join(folder, "base")
     write_hf(base, tok, checkpoint["stage"], base_folder)
+    write_tokenizer(tok, folder, base.config.max_seq_len, checkpoint["stage"])
     write_safetensors(folder, "adapter_model.safetensors", adapters)
     write_json(folder, "adapter_config.json", {
         "peft_type": "LORA",
@@ -368,7 +369,6 @@ def write_peft(path, folder):
         "inference_mode": True,
         "target_modules": sorted({name.split(".")[-3] for name in adapters}),   # q_proj, …
     })
-    write_tokenizer(tok, folder, base.config.max_seq_len, checkpoint["stage"])
 
 
 # ---------------------------------------------------------------------------- the way in
@@ -405,14 +405,9 @@ def read_json(folder, name):
         return json.load(f)
 
 
-@torch.no_grad()
-def read_hf(folder):
-    """Return (Transformer, Tokenizer, stage) of a folder of transformers, its weights in one file or many."""
+def open_weights(folder):
+    """Return (names, read): the names of all tensors in a folder's *.safetensors, and name -> tensor in fp32."""
     safetensors = need("safetensors", "reading *.safetensors")
-    theirs = read_json(folder, "config.json")
-    check(theirs, f"no config.json in '{folder}': --from wants a folder as transformers writes it")
-    config = config_from_hf(theirs)
-    tok = read_vocabulary(folder)
     path_of = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
         with safetensors.safe_open(path, "pt") as f:
@@ -420,37 +415,55 @@ def read_hf(folder):
     check(path_of, f"no *.safetensors in {folder}")
 
     def read(name):
+        # one at a time: the model and its largest tensor are all that lies in memory
         with safetensors.safe_open(path_of[name], "pt") as f:
             return f.get_tensor(name).float()
 
-    if config.n_experts:
-        # what hf_views had to add to a mixture of experts is taken off again: a second head, an expert of zeros
-        head = "lm_head.weight"
-        config.tie_embeddings = head in path_of and torch.equal(read(head), read("model.embed_tokens.weight"))
-        shared = [name for name in path_of if ".shared_experts." in name]
-        if config.n_shared_experts == 1 and not any(read(name).any() for name in shared):
-            config.n_shared_experts = 0
+    return set(path_of), read
 
-    known_rows = config.vocab_size
-    config.vocab_size = max(known_rows, tok.vocab_size)
-    model = Transformer(config)
+
+def fill(model, names, read, known_rows):
+    """Copy every tensor into the model. known_rows: tokens that the file's embedding has; ours may have more."""
     views = hf_views(model)
-    missing = sorted(views.keys() - path_of.keys())
-    unknown = path_of.keys() - views.keys()
-    # tied models may name their head all the same, old ones the rotary frequencies, and Llamas a bias that is zero
-    zero = {name for name in unknown if name.endswith("o_proj.bias") and not read(name).any()}
-    unknown = [name for name in unknown - zero if name != "lm_head.weight" and not name.endswith("inv_freq")]
-    check(not missing and not unknown,
-          f"the weights in {folder} are not those of a {theirs['model_type']} as we know it; missing: "
-          f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(sorted(unknown)[:3]) or 'none'}")
+    missing = sorted(views.keys() - names)
+    unknown = []
+    for name in sorted(names - views.keys()):
+        # tied models may name their head all the same, old ones the rotary frequencies, Llamas a bias that is zero
+        zero_bias = name.endswith("o_proj.bias") and not read(name).any()
+        if name != "lm_head.weight" and not name.endswith("inv_freq") and not zero_bias:
+            unknown.append(name)
+    check(not missing and not unknown, "the weights are not those that config.json promises; missing: "
+          f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}")
     for name, view in views.items():
         tensor = read(name)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            # chat tokens that the vocabulary lacked start as the mean of all tokens
+            # tokens that are new to the model start as the mean of those it knows
             view[known_rows:] = tensor.mean(dim=0)
             view = view[:known_rows]
         check(tensor.shape == view.shape, f"{name} is {list(tensor.shape)}, config.json says {list(view.shape)}")
         view.copy_(tensor)
+
+
+@torch.no_grad()
+def read_hf(folder):
+    """Return (Transformer, Tokenizer, stage) of a folder of transformers."""
+    theirs = read_json(folder, "config.json")
+    check(theirs, f"no config.json in '{folder}': --from wants a folder as transformers writes it")
+    config = config_from_hf(theirs)
+    tok = read_vocabulary(folder)
+    names, read = open_weights(folder)
+    if config.n_experts:
+        # what hf_views had to add to a mixture of experts is taken off again: a second head, an expert of zeros
+        head = "lm_head.weight"
+        config.tie_embeddings = head in names and torch.equal(read(head), read("model.embed_tokens.weight"))
+        shared = [name for name in names if ".shared_experts." in name]
+        if config.n_shared_experts == 1 and not any(read(name).any() for name in shared):
+            config.n_shared_experts = 0
+    # a vocabulary without chat tokens has got them from tokenizer.py: the embedding grows by their rows
+    known_rows = config.vocab_size
+    config.vocab_size = max(known_rows, tok.vocab_size)
+    model = Transformer(config)
+    fill(model, names, read, known_rows)
     if config.vocab_size > known_rows:
         print(f"note: {config.vocab_size - known_rows} tokens are new to this model, among them "
               f"{tok.special_names[config.vocab_size - 1]}: train it with sft.py before you chat with it")
@@ -490,16 +503,17 @@ def main(cfg):
         print(f"{cfg.out}: {model.count()[0]:,} parameters. Try python sample.py --out_dir={cfg.out}")
         return
 
+    check(cfg.to == "gguf" or cfg.dtype == "f32", f"--to={cfg.to} writes fp32: --dtype={cfg.dtype} is for --to=gguf")
     stage = load_checkpoint(cfg.run)["stage"]
+    tok = load_tokenizer(run_folder(cfg.run))
+    note_limits(tok)
     if stage == "reward":
         check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
-        tok = load_tokenizer(run_folder(cfg.run))
         write_hf_reward(load_reward_model(cfg.run, "cpu"), tok, cfg.out)
     elif cfg.to == "peft":
         write_peft(cfg.run, cfg.out)
     else:
-        model, tok, _ = load_model(cfg.run)
-        note_limits(tok)
+        model, _, _ = load_model(cfg.run)
         if cfg.to == "hf":
             write_hf(model, tok, stage, cfg.out)
         else:
