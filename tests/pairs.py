@@ -69,6 +69,19 @@ def completions(tok, i, K):
             for k in range(K)]
 
 
+def write_uneven(folder, tok):
+    """160 prompts, of which the 80 of the first micro-step of batch_size 80 have long answers, the others short ones:
+    the first need several forward passes of 4,096 tokens, the others one."""
+    from data import shuffled
+    long = set(shuffled(160, 0, 80, 1234).tolist())
+    prompts = []
+    for i in range(160):
+        turns = [{"role": "user", "content": f"{i % 10}春"}]
+        fill = "月" * (45 if i in long else 1)
+        prompts.append([render_chat(tok, turns + [{"role": "assistant", "content": word + fill}]) for word in "好坏"])
+    write_pairs(folder, tok, {"train": prompts, "val": prompts[:3]})
+
+
 @pytest.fixture(autouse=True)
 def one_thread(repeatable):
     """Products this small only wait for a second thread."""
