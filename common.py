@@ -77,7 +77,6 @@ def start(cfg, announce=True):
     dtype = choose_dtype(getattr(cfg, "dtype", "float32" if device.type == "cpu" else "auto"), device)
     torch.manual_seed(cfg.seed)
     env = Env(rank, world, device, dtype)
-    catch_signals(env)
     if env.main and announce:
         settings = " ".join(f"{key}={value}" for key, value in changed(cfg).items())
         print(f"settings changed: {settings or '(all defaults)'}")
@@ -366,7 +365,8 @@ def parallel(model, env):
     them, bucket by bucket while the backward pass still runs, wherever `require_backward_grad_sync` is set."""
     if env.world == 1:
         return model
-    return DataParallel(model, gradient_as_bucket_view=True)
+    # buffers are not broadcast: all ranks start alike, and ranks may need different numbers of forward passes
+    return DataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def all_sum(values, env):
@@ -398,6 +398,16 @@ def save_checkpoint(path, checkpoint):
         check(False, f"cannot write {path} ({reason}). What was there before is whole: make room and run it again")
 
 
+def save_tokenizer(path, tokenizer):
+    """Write the vocabulary to path, unless it stands there already."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+        if f.read() == tokenizer.data:
+            return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    tokenizer.save(path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
 def adapters_of(model):
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
 
@@ -407,10 +417,7 @@ def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
     if not env.main:
         return
     lora = getattr(model, "lora", None)
-    vocabulary = os.path.join(cfg.out_dir, "tokenizer.model")
-    if not os.path.exists(vocabulary):
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        tokenizer.save(vocabulary)
+    save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
     save_checkpoint(os.path.join(cfg.out_dir, name), {
         "stage": stage_of(cfg),
         "step": step,
@@ -470,8 +477,7 @@ def load_model(path, device="cpu"):
     lora = checkpoint.get("lora")
     if lora:
         base = os.path.normpath(os.path.join(folder, lora["base"]))
-        _, _, base_checkpoint = load_model(base)
-        weights = base_checkpoint["model"]
+        weights = load_model(base)[0].state_dict()
         check(weights_hash(weights) == lora["base_hash"], f"{base} has other weights now than when the adapters in "
               f"{folder} were trained: train them again, or put the old base back")
         weights = merge_adapters(weights, checkpoint["model"], lora["alpha"] / lora["rank"])
@@ -522,6 +528,7 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
     check(not base or os.path.realpath(base) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run that "
           "this one starts from, and would be overwritten. Choose another --out_dir")
     lock(cfg.out_dir, env)
+    catch_signals(env)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if not os.path.exists(path):
         if env.main:
@@ -536,7 +543,7 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
             trim_log(cfg.out_dir, -1)
         return 0, math.inf, None
     check_same_run(path, checkpoint, cfg, model, tokenizer)
-    model.load_state_dict(checkpoint["model"], strict=not checkpoint["lora"])
+    model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
     if critic:
         critic.load_state_dict(checkpoint["critic"], strict=True)
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -556,7 +563,7 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
 def check_same_run(path, checkpoint, cfg, model, tokenizer):
     """Exit where the checkpoint is not an earlier state of this very run."""
     then = checkpoint["config"]
-    theirs = {**checkpoint["model_config"], "lora": checkpoint["lora"], "tokenizer": checkpoint["fingerprint"][:12]}
+    theirs = {**checkpoint["model_config"], "lora": checkpoint.get("lora"), "tokenizer": checkpoint["fingerprint"][:12]}
     ours = {**dataclasses.asdict(model.config), "lora": getattr(model, "lora", None),
             "tokenizer": tokenizer.fingerprint[:12]}
     # which rows a step holds follows from its number: with other batches, rows would be left out or learned twice

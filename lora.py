@@ -76,7 +76,7 @@ def main(cfg):
     check(cfg.run and cfg.out, "name the run and a folder for the result: python lora.py out/poems-lora "
           "--out=out/poems-merged")
     model, tokenizer, checkpoint = load_model(cfg.run)
-    check(checkpoint["lora"], f"{cfg.run} holds no adapters, but whole weights: there is nothing to merge")
+    check(checkpoint.get("lora"), f"{cfg.run} holds no adapters, but whole weights: there is nothing to merge")
     path = os.path.join(cfg.out, "ckpt.pt")
     check(not os.path.exists(path), f"{path} exists, and would be overwritten. Choose another --out")
     merged = {**checkpoint, "model": model.state_dict(), "lora": None, "optimizers": [], "scaler": {}}

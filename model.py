@@ -173,8 +173,8 @@ class Attention(nn.Module):
         heads = self.qkv(x).view(B, T, -1, self.head_dim)                          # (B, T, H + 2K, D)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+            q = self.q_norm(q.float())
+            k = self.k_norm(k.float())
         # positions enter here: the product of a turned q and a turned k depends on their distance alone
         q = rotate(q, cos, sin).to(v.dtype).transpose(1, 2)                        # (B, H, T, D)
         k = rotate(k, cos, sin).to(v.dtype).transpose(1, 2)                        # (B, K, T, D)

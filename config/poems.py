@@ -18,7 +18,7 @@ max_steps = 1_400
 lr = 4e-3
 min_lr = 3e-4
 warmup_steps = 50
-schedule = "wsd"
+
 decay_steps = 450
 weight_decay = 0.1
 
@@ -27,7 +27,7 @@ anneal_steps = 250
 anneal_rows = 4
 
 eval_every = 250
-save_every = 250
+
 log_every = 25
-sample_every = 500
+
 sample_start = "床前明月光"

@@ -6,7 +6,7 @@ data_dir = "data/poems-pairs"
 init_from = "out/poems-sft"
 out_dir = "out/poems-dpo"
 
-cache_reference = False    # a fraction of an epoch: cheaper than the log-probs of all answers beforehand
+
 loss = "dpo"
 beta = 0.1
 nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
@@ -19,5 +19,5 @@ warmup_steps = 10
 
 eval_every = 40
 eval_prompts = 300
-save_every = 40
+
 log_every = 10

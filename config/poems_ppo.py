@@ -20,4 +20,4 @@ critic_lr = 3e-4
 warmup_steps = 5
 critic_warmup = 2
 eval_every = 16
-save_every = 16
+

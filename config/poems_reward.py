@@ -13,6 +13,6 @@ warmup_steps = 20
 
 eval_every = 275
 eval_prompts = 600
-shift_prompts = 300
-save_every = 275
+
+
 log_every = 10

@@ -15,7 +15,7 @@ warmup_steps = 20
 weight_decay = 0.1
 
 eval_every = 200
-save_every = 200
-sample_every = 200
+
+
 log_every = 20
 questions = "你是谁？|写一首五言绝句，题目是《春夜》。|“床前明月光”的下一句是什么？|“守株待兔”是什么意思？|歇后语：猪鼻子插大葱——？"

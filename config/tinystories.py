@@ -19,6 +19,6 @@ lr = 1e-3
 min_lr = 1e-4
 warmup_steps = 300
 eval_every = 500
-save_every = 500
-sample_every = 500
+
+
 sample_start = "从前"
