@@ -118,6 +118,27 @@ def test_model_loss_and_gradients(small_chunks, kind):
         assert largest(got[name] - wanted[name]) < 1e-5, name
 
 
+def test_the_compiled_loss_equals_the_plain_one(monkeypatch):
+    """Loss and gradients, for any number of rows, and without compiling for each."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(loss_file.softmax_nll, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(loss_file, "compiled_softmax_nll", compiled)
+    monkeypatch.setattr(loss_file, "chunk_size", lambda vocab_size, device: 20)
+    for rows in (33, 20, 50, 47):
+        results = []
+        x = torch.randn(rows, C, requires_grad=True)
+        weight = torch.randn(V, C, requires_grad=True)
+        targets = torch.randint(-1, V, (rows,))
+        for use in (False, True):
+            loss = cross_entropy(x, weight, targets, compiled=use)
+            results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+        for plain, fused in zip(*results):
+            assert largest(plain - fused) < 1e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_loss_where_nothing_counts():
     model = random_model("llama")
     loss = loss_of(model, torch.randint(0, V, (2, 5)), torch.full((2, 5), -1))
