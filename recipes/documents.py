@@ -82,7 +82,9 @@ class Account:
 
     def summary(self):
         """For meta.json."""
-        fields = {path: {"used": tally.used, "ignored": tally.ignored} for path, tally in self.fields.items()}
+        fields = {}
+        for path, tally in self.fields.items():
+            fields[path] = {"used": dict(sorted(tally.used.items())), "ignored": dict(sorted(tally.ignored.items()))}
         reasons = {what: self.reasons(what) for what in ("dropped", "skipped", "cut", "noticed")}
         return {"read": self.counts["read"], "kept": self.counts["kept"], **reasons, "sources": self.files,
                 "fields": fields}

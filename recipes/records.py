@@ -93,7 +93,7 @@ def read_file(path, raw, txt_document="blank"):
         lost = size - position or size // 2
         where = f"{lost:,} of {size:,} bytes not read"
         if position == size:
-            where = f"it breaks off, counted as {lost:,} bytes not read"
+            where = f"it breaks off at its end, counted as {lost:,} bytes not read"
         yield path, Skip("damaged file", f"{type(e).__name__}: {e}; {where}", lost)
 
 
@@ -137,7 +137,8 @@ UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": ZstdF
 
 EAST_ASIAN = ("gb18030", "cp950", "cp932", "euc_jp")  # mainland China; Big5 of Taiwan; Shift-JIS and EUC-JP of Japan
 COMMON = set("的一是不了在人有我他这這个個们們来來到时時大地为為子中你说說生国國年着就那和要她出也得里裏后後自以会會家可下而过過天去能"
-             "对對小多然于於心学學上之无無日云雲山水风風花月春，。、：；！？「」《》“”") | {chr(i) for i in range(0x3041, 0x30fd)}
+             "對小多然于於心学學上之无無日云雲山水风風花月春本文字第回行見见言長长高新知道所前分同事者十二三第，。、：；！？「」《》“”")
+COMMON |= {chr(i) for i in range(0x3041, 0x30fd)}  # Japanese syllables
 
 
 def open_text(raw):
@@ -174,6 +175,11 @@ def guess_encoding(data):
     Almost any two bytes are some character in each of these. But a quarter or more of the characters of a real text are
     COMMON, and less than an eighth where it is read in a wrong encoding.
     """
+    # A line of a few words may do without these. It is GB18030 if it keeps to the 6,763 characters of GB2312: two bytes
+    # from 0xA1 on each, as the others do not for long.
+    is_simple = decodes(data, "gb2312")
+    if is_simple and len(data) < 40:
+        return "gb18030"
     shares = {}
     for encoding in EAST_ASIAN:
         if decodes(data, encoding):
@@ -182,11 +188,8 @@ def guess_encoding(data):
     best = max(shares, key=shares.get, default=None)
     if best and shares[best] > 0.15:
         return best
-    # A list of names, or a line of two words, may do without them. GB18030 is used if all stays within the 6,763
-    # characters of GB2312: two bytes from 0xA1 on each, which Big5 and Shift-JIS do not keep to for long.
-    if decodes(data, "gb2312") and (len(data) < 60 or shares["gb18030"] > 0.02):
-        return "gb18030"
-    return None
+    # nor is a list of names full of them; in Korean, which is as simple, none would be among these characters
+    return "gb18030" if is_simple and shares["gb18030"] > 0.01 else None
 
 
 def has_surrogates(text):
@@ -254,8 +257,11 @@ BROKEN = (ValueError, RecursionError)  # what it raises: a number of 5,000 digit
 
 def breaks_off(error, text):
     """Whether what follows `text` could mend this error: then it is not wrong but cut off."""
-    unterminated = getattr(error, "msg", "").startswith("Unterminated string")
-    return unterminated or getattr(error, "pos", 0) > len(text) - 16
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    # in a string, or in a word such as "false" or an escape such as "\\u5e8a" at the very end
+    tail = text[error.pos:]
+    return error.msg.startswith("Unterminated string") or len(tail) < 16 and not re.search(r"[\]}]", tail)
 
 
 def read_jsonl(raw, _):

@@ -94,12 +94,14 @@ def convert(record, kind, fields=()):
         content = CONVERTERS[kind](named, notes)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
+    if not content:
+        raise Skip("empty", brief(record))
     if isinstance(record, dict):
-        notes.split = split_of(record.get("split"))
+        notes.split = split_of(named.get("split") or record.get("split"))
+        if fields:
+            notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used}
         if notes.split:
             notes.used.add("split")
-        if fields:
-            notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used | {"split"}}
         note_rest(record, notes.used, notes)
     return content, notes
 
@@ -124,7 +126,7 @@ def rename(record, fields):
         if is_empty(value):
             continue
         if ours in renamed:
-            value = as_text(renamed[ours], ours) + "\n" + as_text(value, theirs)
+            value = as_text([renamed[ours], value], theirs, glue="\n")
         renamed[ours] = value
     if not renamed:
         raise Skip("no such field", f"--fields names {', '.join(theirs for _, theirs in fields)}, {there(record)}")
@@ -164,7 +166,7 @@ def as_text(value, name, glue=""):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list):
-        return glue.join(as_text(part, name) for part in value)
+        return glue.join(as_text(part, name, glue) for part in value)
     if isinstance(value, dict) and value.get("type", "text") == "text":
         for key in ("text", "value", "content"):
             if isinstance(value.get(key), str):
@@ -240,9 +242,9 @@ def to_text(record, notes):
     if not any(parts) and not any(name in record for name in QUESTION):
         parts = [take(record, notes, "completion")]
     if not any(parts):
-        if {"text", "content", "completion"} & set(record):
+        if {"text", "content"} & set(record):
             raise Skip("empty", f"{brief(record)}")
-        longest = max(record, key=lambda name: len(str(record[name])), default="…")
+        longest = max(record, key=lambda name: len(record[name]) if isinstance(record[name], str) else 0, default="…")
         raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns {longest}")
     for part in parts:
         if not (part is None or isinstance(part, (str, list))):
@@ -466,6 +468,8 @@ def to_conversation(record, notes):
     if len(whole) < len(before_empty):
         notes.cut["a question without an answer"] += 1
     if any(m["role"] == "user" for m in whole):
+        if all(m.get("weight") == 0 for m in whole if m["role"] == "assistant"):
+            raise Drop("no answer to learn")
         return whole
     # there is nothing to learn: is that for lack of words, or are the fields unknown?
     names = set(TURNS) if isinstance(record, list) else set(record) if isinstance(record, dict) else set()

@@ -1,8 +1,7 @@
-"""prepare.py and records.py: formats, schemas, damaged files, splits, masks, interrupted runs: small real runs."""
+"""prepare.py: the folders of every kind, splits, masks, repetitions, interrupted runs: small real runs."""
 
 import collections
 import glob
-import gzip
 import json
 import os
 import signal
@@ -12,407 +11,26 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies
 
 import prepare
+from configurator import load_config
 from prepare import Config
-from records import Skip, clean, to_conversation, to_question, to_ranking, to_text
-from tokenizer import load_tokenizer, render_chat, train_tokenizer
+from prepared import POEMS, Folder, run, small_tokenizer, write
+from recipes import records, report
+from test_records import CONVERSATIONS, RANKINGS, messages
+from tokenizer import load_tokenizer, render_chat
 
 SCRIPT = os.path.abspath(prepare.__file__)
-POEMS = ["床前明月光，疑是地上霜。", "白日依山尽，黄河入海流。", "春眠不觉晓，处处闻啼鸟。", "千山鸟飞绝，万径人踪灭。"]
 
 
 @pytest.fixture(scope="module")
 def tok_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
-    train_tokenizer(POEMS * 20 + ["user assistant system 你好 hello 一二三四五六七八九十"] * 20, path, 420, 1.0)
-    return str(path)
+    return small_tokenizer(tmp_path_factory.mktemp("tok") / "tokenizer.model")
 
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(path, records):
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def run(tok_file, name="x", **settings):
-    """Prepare ./in (or input=…) and return what the folder holds."""
-    cfg = Config(**{"name": name, "input": "in", "tokenizer": tok_file, "workers": 1, **settings})
-    return Folder(prepare.prepare(cfg))
-
-
-class Folder:
-    def __init__(self, path):
-        self.path = path
-        with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
-            self.meta = json.load(f)
-        self.tok = load_tokenizer(path)
-
-    def array(self, file, dtype=None):
-        return np.fromfile(os.path.join(self.path, file), dtype or self.meta["dtype"])
-
-    def rows(self, split="train", file="bin", dtype=None):
-        """The documents of a split, as lists of ids (or mask values)."""
-        data = self.array(f"{split}.{file}", dtype)
-        if self.meta["kind"] == "text":
-            ends = np.flatnonzero(data == self.tok.eot_id) + 1
-        else:
-            ends = self.array(f"{split}.idx", np.int64)[1:]
-        return [part.tolist() for part in np.split(data, ends)[:-1]]
-
-    def texts(self, split="train"):
-        return sorted(self.tok.decode(ids).removesuffix("<|endoftext|>") for ids in self.rows(split))
-
-    def all_texts(self):
-        return sorted(self.texts("train") + self.texts("val"))
-
-    def learned(self, split="train"):
-        return [self.tok.decode(np.array(ids)[np.array(mask) == 1])
-                for ids, mask in zip(self.rows(split), self.rows(split, "mask", np.uint8))]
-
-
-# ---------------------------------------------------------------- formats and encodings
-
-def write_format(name):
-    """Three documents as `name`; returns nothing."""
-    texts = POEMS[:3]
-    if ".txt" in name.lower():
-        data = "\n\n".join(texts).encode()
-    elif ".jsonl" in name:
-        data = "\n".join(json.dumps({"text": t}) for t in texts).encode()
-    elif ".json" in name:
-        data = json.dumps([{"text": t} for t in texts], ensure_ascii=False, indent=2).encode()
-    elif ".csv" in name:
-        data = ("id,text\r\n" + "".join(f'{i},"{t}"\r\n' for i, t in enumerate(texts))).encode()
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), f"in/{name}")
-        return
-    if name.endswith(".gz"):
-        data = gzip.compress(data)
-    if name.endswith(".zst"):
-        data = pytest.importorskip("zstandard").compress(data)
-    with open(f"in/{name}", "wb") as f:
-        f.write(data)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "A.TXT.gz", "a.jsonl.zst",
-                                  "a.json.gz", "a.csv.zst"])
-def test_formats(tok_file, name):
-    os.mkdir("in")
-    write_format(name)
-    folder = run(tok_file)
-    assert folder.all_texts() == sorted(POEMS[:3])
-    assert folder.meta["read"] == 3 and folder.meta["dropped"] == {}
-    assert folder.meta["sources"] == [f"in/{name}"]
-
-
-def test_a_folder_of_folders_and_one_file(tok_file):
-    os.makedirs("in/sub/deep")
-    for name in ("a.txt", "sub/b.jsonl", "sub/deep/c.json.gz"):
-        write_format(name)
-    with open("in/README", "w") as f:
-        f.write("not data")
-    folder = run(tok_file)
-    assert folder.meta["read"] == 9 and folder.meta["dropped"] == {"duplicate": 6}
-    assert run(tok_file, name="y", input="in/sub/b.jsonl").all_texts() == sorted(POEMS[:3])
-
-
-@pytest.mark.parametrize("how,count", [("blank", 2), ("line", 3), ("file", 1)])
-def test_where_a_txt_document_ends(tok_file, how, count):
-    os.mkdir("in")
-    with open("in/a.txt", "w") as f:
-        f.write("\n床前明月光，\r\n疑是地上霜。\n\n \n\n白日依山尽，黄河入海流。")
-    folder = run(tok_file, txt_document=how, val_fraction=0.0)
-    assert len(folder.texts()) == count
-    if how == "blank":
-        assert folder.texts()[0] == "床前明月光，\n疑是地上霜。"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "utf-16"])
-@pytest.mark.parametrize("ending", ["txt", "jsonl", "json", "csv"])
-def test_encodings(tok_file, encoding, ending):
-    os.mkdir("in")
-    write_format(f"a.{ending}")
-    if ending == "jsonl":
-        write(f"in/a.{ending}", [{"text": t} for t in POEMS[:3]])
-    with open(f"in/a.{ending}", encoding="utf-8", newline="") as f:
-        text = f.read()
-    with open(f"in/a.{ending}", "w", encoding=encoding, newline="") as f:
-        f.write(text)
-    assert run(tok_file).all_texts() == sorted(POEMS[:3])
-
-
-def test_mixed_encodings_lose_nothing(tok_file, capsys):
-    os.mkdir("in")
-    lines = [f"{poem}{i}\n".encode("gb18030" if i % 3 == 1 else "utf-8") for i, poem in enumerate(POEMS * 20)]
-    with open("in/a.txt", "wb") as f:
-        f.writelines(lines[:40] + [b"\xff\xff\xc0\n"] + lines[40:])
-    folder = run(tok_file, txt_document="line")
-    assert folder.all_texts() == sorted(f"{poem}{i}" for i, poem in enumerate(POEMS * 20))
-    assert folder.meta["dropped"] == {"wrong encoding": 1}
-    assert "skipped in/a.txt:41: wrong encoding: neither UTF-8 nor GB18030" in capsys.readouterr().err
-
-
-def test_utf8_lines_late_in_a_gb18030_file(tok_file):
-    os.mkdir("in")
-    texts = [f"{poem * 20}{i}" for i, poem in enumerate(POEMS * 20)]
-    late = "春风又绿江南岸上"            # eight characters: its UTF-8 is valid GB18030 too, of other characters
-    assert late.encode().decode("gb18030") != late
-    with open("in/a.txt", "wb") as f:
-        f.write("\n".join(texts * 20).encode("gb18030") + b"\n" + late.encode() + b"\n")
-    assert run(tok_file, txt_document="line").all_texts() == sorted([*texts, late])
-
-
-def test_old_mac_line_ends(tok_file):
-    os.mkdir("in")
-    with open("in/a.txt", "wb") as f:
-        f.write("\r\r".join(POEMS).encode())
-    assert run(tok_file).all_texts() == sorted(POEMS)
-
-
-def test_gb18030_whose_bytes_look_like_json(tok_file):
-    """The second byte of 乗 in GB18030 is a backslash: the line must be decoded before it is parsed."""
-    os.mkdir("in")
-    texts = [f"{poem}乗俓冾{i}" for i, poem in enumerate(POEMS)]
-    assert b"\\" in texts[0].encode("gb18030")
-    with open("in/a.jsonl", "wb") as f:
-        f.write(json.dumps({"text": POEMS[0]}, ensure_ascii=False).encode() + b"\n")
-        f.writelines(json.dumps({"text": t}, ensure_ascii=False).encode("gb18030") + b"\n" for t in texts)
-    assert run(tok_file).all_texts() == sorted(texts + POEMS[:1])
-
-
-# ---------------------------------------------------------------- damaged input
-
-def test_damaged_files_are_reported_and_the_rest_kept(tok_file, capsys):
-    os.mkdir("in")
-    good = [f"{poem}{i}" for i, poem in enumerate(POEMS * 25)]
-    with open("in/good.jsonl", "w") as f:
-        for i, text in enumerate(good):
-            f.write(json.dumps({"text": text}) + "\n")
-            if i == 49:
-                f.write('{"text": "never closed\n\n{"title": "no text"}\n{"text": "  "}\n{"text": 7}\n')
-    open("in/empty.txt", "w").close()
-    open("in/empty.json", "w").close()
-    open("in/empty.csv", "w").close()
-    open("in/empty.jsonl.gz", "w").close()
-    with open("in/binary.txt", "wb") as f:
-        f.write(bytes(range(256)) * 10)
-    with open("in/notgzip.txt.gz", "wb") as f:
-        f.write(b"not gzip")
-    with open("in/nota.parquet", "wb") as f:
-        f.write(b"nope")
-    packed = gzip.compress("\n\n".join(f"{poem}第{i}首" for i, poem in enumerate(POEMS * 10_000)).encode())
-    with open("in/cut.txt.gz", "wb") as f:
-        f.write(packed[:len(packed) // 2])
-    folder = run(tok_file, max_skipped=0.5)
-    dropped = folder.meta["dropped"]
-    assert dropped == {"broken JSON": 1, "no text field": 1, "empty": 1, "wrong type": 1, "binary file": 1,
-                       "damaged file": len([1 for name in ("notgzip", "nota", "cut")])}
-    kept = folder.all_texts()
-    assert set(good) <= set(kept) and len(kept) > len(good) + 100        # and the readable half of the cut file
-    assert folder.meta["read"] == len(kept) + sum(dropped.values())
-    err = capsys.readouterr().err
-    for message in ("good.jsonl:51: broken JSON", "no text field: the fields are title", "binary.txt: binary file",
-                    "notgzip.txt.gz: damaged file: BadGzipFile", "nota.parquet: damaged file"):
-        assert message in err
-
-
-def test_json_goes_on_after_a_broken_record(tok_file):
-    os.mkdir("in")
-    with open("in/a.json", "w") as f:
-        f.write('[{"text": "%s"},\n {"text": "broken" oops},\n {"text": "%s"}, {"text": "%s"}\n]' % tuple(POEMS[:3]))
-    with open("in/cut.json", "w") as f:
-        f.write('[{"text": "%s"},\n {"text": "%s' % (POEMS[3], POEMS[0]))
-    with open("in/open.json", "w") as f:
-        f.write('[{"text": "%s尾"},\n' % POEMS[0])
-    folder = run(tok_file, max_skipped=1.0)
-    assert folder.all_texts() == sorted([*POEMS, POEMS[0] + "尾"])
-    assert folder.meta["dropped"] == {"broken JSON": 2, "damaged file": 1}
-
-
-def test_json_that_is_not_an_array(tok_file):
-    os.mkdir("in")
-    with open("in/one.json", "w") as f:
-        json.dump({"text": POEMS[0], "meta": {"source": ["a"]}}, f, indent=2)
-    write("in/lines.json", [{"text": POEMS[1]}, {"text": POEMS[2]}])
-    with open("in/wudao.jsonl", "w") as f:
-        f.write(json.dumps([{"title": "雪", "content": POEMS[3]}, {"content": POEMS[0] * 2}]))
-    assert run(tok_file).all_texts() == sorted([*POEMS[:3], "雪\n" + POEMS[3], POEMS[0] * 2])
-
-
-def test_large_json_array_is_streamed(tok_file):
-    """Records cross the borders of the reader's buffer."""
-    os.mkdir("in")
-    texts = [f"{i}{poem * 300}" for i, poem in enumerate(POEMS * 40)]       # 2 MB, and a record larger than the buffer
-    texts.append("长" * 1_500_000)
-    with open("in/a.json", "w", encoding="utf-8") as f:
-        json.dump([{"text": t} for t in texts], f, ensure_ascii=False)
-    assert os.path.getsize("in/a.json") > 6_000_000
-    assert run(tok_file).all_texts() == sorted(texts)
-
-
-def test_a_line_without_end_is_cut(tok_file):
-    os.mkdir("in")
-    with open("in/a.txt", "w") as f:
-        f.write("明月" * 1_200_000)
-    folder = run(tok_file)
-    assert sorted(map(len, folder.all_texts())) == [400_000, 1_000_000]
-    assert folder.meta["read"] == 3 and folder.meta["dropped"] == {"duplicate": 1}
-
-
-def test_too_many_skipped_stop_the_run(tok_file):
-    os.mkdir("in")
-    write("in/a.jsonl", [{"instruction": "写诗", "output": "诗"}] * 6 + [{"text": f"{POEMS[0]}{i}"} for i in range(94)])
-    with pytest.raises(ValueError, match=r"6 of 100 records cannot be used \(6.0%, more than max_skipped=0.05\): "
-                                         r"no text field 6.*--kind=text"):
-        run(tok_file)
-    assert not os.path.exists("data/x") and not os.path.exists("data/x.tmp")
-    assert run(tok_file, max_skipped=0.06).meta["dropped"] == {"no text field": 6}
-
-
-# ---------------------------------------------------------------- cleaning
-
-def test_clean():
-    assert clean("“你好”，——世界……（１２３）！？、；：《》\u3000「」～") == "“你好”，——世界……（１２３）！？、；：《》\u3000「」～"
-    assert clean("\ufeff\n\na \r\nb\rc\u3000\n\n\n\n\nd\t\n") == "a\nb\nc\n\nd"
-    assert clean("  缩进\n\t表") == "  缩进\n\t表"
-    assert clean("a\x00b\x1b[0m\x7f\u200b\xad") == "ab[0m"
-    assert clean("e\u0301") == "é"
-    assert clean("👨\u200d👩") == "👨\u200d👩"
-    assert clean("\ud83d半") == "半"
-
-
-@settings(max_examples=300, deadline=None)
-@given(strategies.text())
-def test_cleaning_twice_changes_nothing(text):
-    assert clean(clean(text)) == clean(text)
-
-
-def test_min_length_and_duplicates(tok_file):
-    os.mkdir("in")
-    write("in/a.jsonl", [{"text": t} for t in [*POEMS, POEMS[0], POEMS[0] + "  \r\n", "短", "短句子"]])
-    folder = run(tok_file, min_length=3)
-    assert folder.meta["dropped"] == {"duplicate": 2, "too short": 1}
-    assert folder.all_texts() == sorted([*POEMS, "短句子"])
-
-
-# ---------------------------------------------------------------- schemas
-
-@pytest.mark.parametrize("record,text", [
-    ({"text": "诗", "meta": {"pile_set_name": "x"}}, "诗"),
-    ({"content": "诗"}, "诗"),
-    ({"title": "题", "content": "诗"}, "题\n诗"),
-    ({"completion": "诗"}, "诗"),
-    ({"title": "题", "summary": "摘要", "sections": [{"title": "一", "content": "甲"}, {"title": "二", "content": "乙"}]},
-     "题\n摘要\n一\n甲\n二\n乙"),
-    ({"title": "题", "summary": None, "sections": [{"title": "一", "content": "甲"}]}, "题\n一\n甲"),
-    ("诗", "诗"),
-])
-def test_text_schemas(record, text):
-    assert to_text(record) == text
-
-
-def messages(*turns):
-    """'u:…' 'a:…' 's:…' → messages"""
-    roles = {"u": "user", "a": "assistant", "s": "system"}
-    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
-
-
-CONVERSATIONS = [
-    ({"instruction": "翻译", "input": "月", "output": "moon"}, ["u:翻译\n月", "a:moon"]),
-    ({"instruction": "写诗", "input": "", "output": "诗"}, ["u:写诗", "a:诗"]),
-    ({"instruction": "写诗", "output": "诗", "system": "诗人", "history": [["甲", "乙"]]},
-     ["s:诗人", "u:甲", "a:乙", "u:写诗", "a:诗"]),
-    ({"prompt": "问", "response": "答"}, ["u:问", "a:答"]),
-    ({"question": "问", "answer": "答"}, ["u:问", "a:答"]),
-    ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ["u:问", "a:答"]),
-    ({"system": "诗人", "conversations": [{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}]},
-     ["s:诗人", "u:问", "a:答"]),
-    ({"messages": [{"role": "system", "content": "诗人"}, {"role": "user", "content": "问"},
-                   {"role": "assistant", "content": "答"}, {"role": "user", "content": "再问"},
-                   {"role": "assistant", "content": "再答"}]}, ["s:诗人", "u:问", "a:答", "u:再问", "a:再答"]),
-    ({"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, ["u:问", "a:答"]),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "问"}]},
-                   {"role": "assistant", "content": "答"}]}, ["u:问", "a:答"]),
-    ([{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], ["u:问", "a:答"]),
-    # left out: an empty system turn, a question without an answer, whatever follows an empty answer
-    ({"messages": messages("s:", "u:问", "a:答", "u:再问")}, ["u:问", "a:答"]),
-    ({"messages": messages("u:问", "a:答", "u:甲", "a: ", "u:乙", "a:丙")}, ["u:问", "a:答"]),
-]
-
-
-@pytest.mark.parametrize("record,turns", CONVERSATIONS)
-def test_conversation_schemas(record, turns):
-    assert to_conversation(record) == messages(*turns)
-
-
-@pytest.mark.parametrize("record,reason", [
-    ({"text": "诗"}, "no question and answer"),
-    ({"instruction": "问", "output": ""}, "empty"),
-    ({"instruction": "", "output": "答"}, "empty"),
-    ({"conversations": [{"from": "alien", "value": "问"}]}, "unknown role"),
-    ({"messages": []}, "no question and answer"),
-])
-def test_conversations_that_cannot_be_used(record, reason):
-    with pytest.raises(Skip) as e:
-        to_conversation(record)
-    assert e.value.args[0] == reason
-
-
-PROMPT = messages("u:问")
-RANKINGS = [
-    ({"prompt": "问", "chosen": "好", "rejected": "坏"}, PROMPT, ["好", "坏"]),
-    ({"prompt": "问", "chosen": "好", "reject": "坏"}, PROMPT, ["好", "坏"]),
-    ({"system": "诗人", "question": "问", "chosen": "好", "rejected": "坏"}, messages("s:诗人", "u:问"), ["好", "坏"]),
-    ({"prompt": PROMPT, "chosen": messages("a:好"), "rejected": messages("a:坏")}, PROMPT, ["好", "坏"]),
-    ({"prompt": PROMPT, "chosen": messages("u:问", "a:好"), "rejected": messages("u:问", "a:坏")}, PROMPT, ["好", "坏"]),
-    ({"chosen": messages("u:甲", "a:乙", "u:问", "a:好"), "rejected": messages("u:甲", "a:乙", "u:问", "a:坏")},
-     messages("u:甲", "a:乙", "u:问"), ["好", "坏"]),
-    ({"conversations": [{"from": "human", "value": "问"}], "chosen": {"from": "gpt", "value": "好"},
-      "rejected": {"from": "gpt", "value": "坏"}}, PROMPT, ["好", "坏"]),
-    ({"prompt": "问", "responses": ["中", "坏", "好"], "ranks": [2, 3, 1]}, PROMPT, ["好", "中", "坏"]),
-    ({"prompt": "问", "responses": ["中", "坏", "好"], "order": [2, 0, 1]}, PROMPT, ["好", "中", "坏"]),
-    ({"prompt": "问", "responses": ["中", "坏", "好", "也中"], "ranks": [2, 3, 1, 2]}, PROMPT, ["好", "中", "坏"]),
-    ({"prompt": "问", "responses": ["好", "好", "坏"], "ranks": [1, 2, 3]}, PROMPT, ["好", "坏"]),
-]
-
-
-@pytest.mark.parametrize("record,prompt,answers", RANKINGS)
-def test_preference_schemas(record, prompt, answers):
-    got = to_ranking(record)
-    assert (got["prompt"], got["answers"]) == (prompt, answers)
-    assert got["tied"] == len(record.get("responses", "ab")) - len(answers)
-
-
-@pytest.mark.parametrize("record,reason", [
-    ({"prompt": "问", "chosen": "好"}, "no ranked answers"),
-    ({"prompt": "问", "responses": ["甲", "乙"]}, "no ranking"),
-    ({"prompt": "问", "responses": ["甲", "乙"], "ranks": [1]}, "no ranking"),
-    ({"prompt": "问", "chosen": "好", "rejected": " "}, "empty"),
-    ({"chosen": "好", "rejected": "坏"}, "empty"),
-    ({"chosen": messages("u:甲", "a:好"), "rejected": messages("u:乙", "a:坏")}, "answers to different prompts"),
-])
-def test_preferences_that_cannot_be_used(record, reason):
-    with pytest.raises(Skip) as e:
-        to_ranking(record)
-    assert e.value.args[0] == reason
-
-
-@pytest.mark.parametrize("record,turns", [
-    ({"prompt": "问"}, ["u:问"]),
-    ({"instruction": "翻译", "input": "月", "output": "moon"}, ["u:翻译\n月"]),
-    ({"messages": messages("s:诗人", "u:问", "a:答")}, ["s:诗人", "u:问"]),
-    ({"conversations": messages("u:问", "a:答", "u:再问")}, ["u:问", "a:答", "u:再问"]),
-])
-def test_prompt_schemas(record, turns):
-    assert to_question(record) == messages(*turns)
 
 
 # ---------------------------------------------------------------- the folders of every kind
@@ -452,9 +70,9 @@ def test_text_folder(tok_file):
     assert order != sorted(order) and order != [t + "<|endoftext|>" for t in texts if t + "<|endoftext|>" in set(order)]
 
 
-@pytest.mark.parametrize("bucket_bytes", [300, 10**6])     # parts of many buckets, and all in one
-def test_sft_folder(tok_file, monkeypatch, bucket_bytes):
-    monkeypatch.setattr(prepare, "BUCKET_BYTES", bucket_bytes)
+@pytest.mark.parametrize("chunk_bytes", [300, 10**6])     # many chunks, and all in one
+def test_sft_folder(tok_file, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
     os.mkdir("in")
     write("in/a.jsonl", [record for record, _ in CONVERSATIONS])
     folder = run(tok_file, kind="sft", val_fraction=0.3)
@@ -493,9 +111,9 @@ def test_typed_special_tokens_stay_text(tok_file):
     assert folder.learned() == [attack + "<|im_end|>"]
 
 
-@pytest.mark.parametrize("bucket_bytes", [300, 10**6])
-def test_pairs_folder(tok_file, monkeypatch, bucket_bytes):
-    monkeypatch.setattr(prepare, "BUCKET_BYTES", bucket_bytes)
+@pytest.mark.parametrize("chunk_bytes", [300, 10**6])
+def test_pairs_folder(tok_file, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
     os.mkdir("in")
     extra = [{"prompt": f"问{i}", "responses": ["甲", "乙", "丙", "丁"], "ranks": [4, 3, 2, 1]} for i in range(20)]
     same = {"prompt": "问", "chosen": "一样", "rejected": "一样"}
@@ -552,8 +170,7 @@ def read_all(folder):
 def test_same_seed_same_bytes_whatever_the_workers(tok_file, monkeypatch):
     texts = corpus()
     one = read_all(run(tok_file))
-    monkeypatch.setattr(prepare, "BUCKET_BYTES", 2000)                 # many small buckets, two processes,
-    monkeypatch.setattr(prepare, "HELD_BYTES", 500)                    # written in many small pieces
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 1000)                  # many small chunks, two processes
     two = run(tok_file, workers=2)
     assert read_all(two) == one and two.all_texts() == sorted(texts)
     os.rename("in/a.jsonl", "in/z.jsonl")                               # another order of reading
@@ -564,7 +181,7 @@ def test_same_seed_same_bytes_whatever_the_workers(tok_file, monkeypatch):
 def test_trained_tokenizer_is_repeatable(monkeypatch):
     corpus()
     one = read_all(run("", vocab_size=400))
-    monkeypatch.setattr(prepare, "BUCKET_BYTES", 2000)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 1000)
     assert read_all(run("", vocab_size=400, workers=2)) == one
 
 
@@ -575,7 +192,7 @@ def test_tokenizer_never_sees_held_out_text(monkeypatch):
     seen = []
     real = prepare.train_tokenizer
     monkeypatch.setattr(prepare, "train_tokenizer",
-                        lambda texts, *rest: real(seen.extend(texts) or iter(seen), *rest))
+                        lambda texts, *rest, **settings: real(seen.extend(texts) or iter(seen), *rest, **settings))
     folder = run("", vocab_size=400, val_fraction=0.2)
     assert sorted(seen) == folder.texts("train") and len(folder.texts("val")) > 3
 
@@ -594,11 +211,11 @@ def test_tiny_data_still_has_both_splits(tok_file, capsys):
     write("in/a.jsonl", [{"text": t} for t in POEMS[:2]])
     folder = run(tok_file)
     assert len(folder.texts("train")) == len(folder.texts("val")) == 1
-    write("in/a.jsonl", [{"text": POEMS[0]}])
-    with pytest.raises(ValueError, match="nothing to train on.*--val_fraction=0 holds none out"):
-        run(tok_file)
+    write("in/a.jsonl", [{"prompt": "问", "response": "答"}])
+    with pytest.raises(SystemExit, match="nothing to train on.*--val_fraction=0 holds none out"):
+        run(tok_file, kind="sft")
     assert Folder("data/x").meta["read"] == 2                          # the old folder is still there
-    prepare.report(run(tok_file, val_fraction=0.0).path)
+    report.report(run(tok_file, kind="sft", val_fraction=0.0).path)
     assert "val is EMPTY" in capsys.readouterr().out
 
 
@@ -628,9 +245,12 @@ def test_dtype_at_the_border(size, dtype):
     ({"input": "nowhere"}, "--input=nowhere does not exist"),
     ({"input": "other"}, r"no file to read: wanted .txt .*found 1 files with endings: .pdf"),
     ({"input": "empty.txt"}, "--input=empty.txt holds no records"),
-    ({"kind": "chat"}, "--kind=chat: wanted one of text, sft, pairs, prompts"),
     ({"kind": "sft", "tokenizer": ""}, "--kind=sft needs the tokenizer"),
-    ({"txt_document": "page"}, "--txt_document=page: wanted blank, line or file"),
+    ({"fields": "story"}, "--fields=story: wanted NAME:VALUE,NAME:VALUE, where NAME is one of .*answer, .*question"),
+    ({"fields": "txt:story"}, "--fields=txt:story: wanted NAME:VALUE"),
+    ({"repeat": "c:2"}, "--repeat=c:2: wanted NAME:VALUE,NAME:VALUE, where NAME is one of a, b"),
+    ({"repeat": "a:0"}, "--repeat=a:0: wanted a:1 to a:255"),
+    ({"repeat": "a:x"}, "--repeat=a:x: wanted a:1 to a:255"),
     ({"name": "../x"}, "the name '../x' cannot be that of a folder"),
     ({"name": "raw"}, "data/raw exists and was not made by prepare.py"),
     ({"tokenizer": "nowhere.model"}, "no tokenizer at nowhere.model"),
@@ -641,7 +261,7 @@ def test_errors_name_the_value_and_the_fix(tok_file, settings, message):
     os.mkdir("other")
     open("other/a.pdf", "w").close()
     open("empty.txt", "w").close()
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((SystemExit, OSError), match=message):
         run(**{"tok_file": tok_file, **settings} if "tokenizer" not in settings else {"tok_file": "", **settings})
     assert os.listdir("data") == ["raw"]
 
@@ -654,7 +274,8 @@ def test_command_line(tok_file):
     corpus()
     done = subprocess.run(command("x", "--input=in", f"--tokenizer={tok_file}"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "read 300 records of 2 files" in done.stdout and "characters a token" in done.stdout
+    assert "read 300 records of 2 files = 300 kept + 0 dropped + 0 skipped" in done.stdout
+    assert "characters a token" in done.stdout and "peak memory" in done.stdout
     again = subprocess.run(command("x", "--show=2"), capture_output=True, text=True)
     assert again.stdout.count("--- ") == 2 and again.stdout.count("<|endoftext|>") == 2
     wrong = subprocess.run(command("mine"), capture_output=True, text=True)
@@ -665,13 +286,13 @@ def test_command_line(tok_file):
 def test_show_colours_what_is_learned(tok_file, capsys):
     os.mkdir("in")
     write("in/a.jsonl", [{"prompt": "问", "response": "答"}])
-    prepare.show(run(tok_file, kind="sft", val_fraction=0.0).path, 5)
+    report.show(run(tok_file, kind="sft", val_fraction=0.0).path, 5)
     assert capsys.readouterr().out == ("--- 1\n\033[2m<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n\033[0m"
                                        "\033[32m答<|im_end|>\033[0m\033[2m\n\033[0m\n")
 
 
 def test_recipes_are_prepared_with_what_follows_them(tok_file, monkeypatch, capsys):
-    poems = pytest.importorskip("poems")
+    poems = pytest.importorskip("recipes.poems")
     corpus()
     write("chat.jsonl", [{"prompt": f"问{i}", "response": "答"} for i in range(20)])
 
@@ -743,3 +364,175 @@ def test_killed_between_the_two_renames(tok_file):
     os.makedirs("data/x.tmp")
     prepare.clear_leftovers("data/x")
     assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
+
+
+@pytest.mark.parametrize("argument,said", [("--kind=chat", "text, sft, pairs, prompts"), ("--txt_document=page", "blank, line, file"),
+                                           ("--val_fraction=2", "0 to 1"), ("--workers=-1", "0 or more"), ("--vocab_size=0", "1 or more")])
+def test_settings_have_a_range(argument, said):
+    with pytest.raises(SystemExit, match=said):
+        load_config(Config, ["x", argument], positional="name")
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing(tok_file):
+    corpus()
+    write("in/c.jsonl", [{"text": f"{poem * 5}第{i}首"} for i, poem in enumerate(POEMS * 20_000)])
+    for workers in (1, 2):
+        program = subprocess.Popen(command("x", "--input=in", f"--tokenizer={tok_file}", f"--workers={workers}"),
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        wait_for(lambda: glob.glob("data/x.tmp/train.bin"), "tokens")
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+        said, _ = program.communicate(timeout=60)
+        assert program.returncode == 130 and said.splitlines()[-1] == "stopped" and "Traceback" not in said
+        assert os.listdir("data") == []
+
+
+def test_a_full_disk_ends_in_one_line(tok_file):
+    corpus(4000)
+    limited = ["bash", "-c", 'ulimit -f 50; exec "$@"', "bash", *command("x", "--input=in", f"--tokenizer={tok_file}")]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert os.listdir("data") == []
+
+
+# ---------------------------------------------------------------- one text, repetitions, unknown characters
+
+def test_a_single_text_is_divided_by_position(tok_file, monkeypatch):
+    os.mkdir("in")
+    text = "\n".join(f"{poem}第{i}首" for i, poem in enumerate(POEMS * 75))
+    with open("in/novel.txt", "w") as f:
+        f.write(text)
+    for fraction, characters in ((0.005, len(text) / 10), (0.3, len(text) * 0.3)):
+        folder = run(tok_file, val_fraction=fraction)
+        (train,), (val,) = folder.texts("train"), folder.texts("val")
+        assert train + val == text and abs(len(val) - characters) < characters * 0.1
+        assert folder.meta["read"] == folder.meta["kept"] == 1
+    # so is a novel that is cut in pieces while it is read: the end of the last ones is held out
+    monkeypatch.setattr(records, "MAX_CHARACTERS", 1500)
+    folder = run(tok_file, val_fraction=0.3)
+    tokens = [folder.tok.decode(ids).removesuffix("<|endoftext|>") for ids in folder.rows() + folder.rows("val")]
+    assert "\n".join(tokens).replace("\n", "") == text.replace("\n", "") and len(tokens) > 4
+    assert abs(sum(map(len, folder.texts("val"))) - len(text) * 0.3) < 100
+    monkeypatch.setattr(records, "MAX_CHARACTERS", 1_000_000)
+    assert run(tok_file, val_fraction=0.0).texts() == [text]
+    write("in/more.jsonl", [{"text": POEMS[0]}])  # a second document: the first is not cut any more
+    assert len(run(tok_file).all_texts()) == 2
+
+
+@pytest.mark.parametrize("text", ["月", "明月", "a", "ab\n", "明" * 3000])
+def test_a_single_text_however_short(tok_file, text):
+    os.mkdir("in")
+    with open("in/a.txt", "w") as f:
+        f.write(text)
+    folder = run(tok_file, min_length=1)
+    assert "".join(folder.texts("train") + folder.texts("val")) == text.strip()
+
+
+def test_repeated_documents(tok_file):
+    corpus(40)
+    write("in/talk.jsonl", [{"text": f"{poem}谈{i}"} for i, poem in enumerate(POEMS * 5)] * 2)
+    plain = run(tok_file, val_fraction=0.2)
+    folder = run(tok_file, val_fraction=0.2, repeat="talk:4, b:2")
+    assert folder.texts("val") == plain.texts("val")            # what is held out stays, and stays once
+    times = collections.Counter(folder.texts())
+    assert set(times) == set(plain.texts())
+    for text, n in times.items():
+        number = int("".join(filter(str.isdigit, text)))
+        assert n == (4 if "谈" in text else 2 if number % 2 else 1), text
+    again = sum(times.values()) - len(times)
+    assert folder.meta["noticed"] == {"repeated documents": again}
+    assert folder.meta["kept"] == plain.meta["kept"] and folder.meta["dropped"] == plain.meta["dropped"] == {"duplicate": 20}
+    # the copies are spread: few stand side by side, and the order of the others is the same
+    order = [folder.tok.decode(ids) for ids in folder.rows()]
+    assert sum(a == b for a, b in zip(order, order[1:])) < again / 3
+    assert read_all(run(tok_file, val_fraction=0.2, repeat="talk:4,b:2", workers=2)) == read_all(folder)
+
+
+def test_repeated_conversations_are_counted_once(tok_file):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"prompt": f"问{i}", "response": "答" if i else "龘" * 400} for i in range(10)])
+    folder = run(tok_file, kind="sft", repeat="a:3", max_length=200, val_fraction=0.0)
+    assert folder.meta["dropped"] == {"too long": 1} and folder.meta["kept"] == 9 and len(folder.rows()) == 27
+
+
+def test_of_a_document_in_two_files_the_held_out_one_wins(tok_file):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": p} for p in POEMS])
+    write("in/b.jsonl", [{"text": POEMS[0], "split": "test"}])
+    folder = run(tok_file, repeat="a:3", val_fraction=0.0)
+    assert folder.texts("val") == POEMS[:1] and folder.texts() == sorted(POEMS[1:] * 3)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev", "test", "eval", "test_sft"])
+def test_split_names_are_held_out(tok_file, name):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": f"{POEMS[0]}{i}", "split": name if i % 5 == 0 else "train"} for i in range(50)])
+    assert run(tok_file).texts("val") == sorted(f"{POEMS[0]}{i}" for i in range(0, 50, 5))
+
+
+def test_files_named_train_and_test(tok_file):
+    os.mkdir("in")
+    write("in/train-00000-of-00001.jsonl", [{"text": f"{POEMS[0]}{i}"} for i in range(9)])
+    write("in/test-00000-of-00001.jsonl", [{"text": f"{POEMS[1]}{i}"} for i in range(3)])
+    write("in/validation.jsonl", [{"text": f"{POEMS[2]}{i}", "split": "train" if i else None} for i in range(3)])
+    folder = run(tok_file)
+    assert folder.texts("val") == sorted([*(f"{POEMS[1]}{i}" for i in range(3)), f"{POEMS[2]}0"])
+    os.remove("in/train-00000-of-00001.jsonl")
+    assert len(run(tok_file).texts("val")) == 1  # without a train file, test… is a name like any other
+
+
+def no_byte_fallback(path):
+    import sentencepiece
+    with open(path, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(POEMS * 20), model_writer=f, vocab_size=60, model_type="bpe", hard_vocab_limit=False,
+            character_coverage=1.0, minloglevel=2)
+    return path
+
+
+def test_unknown_characters_stop_the_run_or_are_counted(capsys):
+    tok_file = no_byte_fallback("plain.model")
+    corpus(40)
+    write("in/rare.jsonl", [{"text": f"我爱你，龘靐齉爩{p}"} for p in POEMS])
+    with pytest.raises(SystemExit, match=r"of [\d,]+ tokens stand for characters that --tokenizer=plain.model does not know"):
+        run(tok_file)
+    folder = run(tok_file, max_skipped=1.0)
+    unknown = sum(ids.count(folder.tok.unk_id) for split in ("train", "val") for ids in folder.rows(split))
+    assert folder.meta["noticed"] == {"unknown tokens": unknown} and unknown > 8
+    report.report(folder.path)
+    assert f"noticed: unknown tokens {unknown}" in capsys.readouterr().out
+
+
+def test_answers_of_weight_zero_are_masked(tok_file):
+    os.mkdir("in")
+    turns = messages("u:问", "a:坏", "u:再来", "a:好")
+    turns[1]["weight"] = 0
+    write("in/a.jsonl", [{"messages": turns}])
+    folder = run(tok_file, kind="sft", val_fraction=0.0)
+    assert folder.learned() == ["好<|im_end|>"] and "坏" in folder.texts()[0]
+    assert folder.meta["train"]["characters"] == 1
+
+
+def test_long_conversations_end_with_an_answer_to_learn(tok_file):
+    os.mkdir("in")
+    tok = load_tokenizer(tok_file)
+    turns = messages("u:明月", "a:床前明月光", "u:一二三", "a:疑是地上霜", "u:四五", "a:白日依山尽")
+    turns[3]["weight"] = 0
+    write("in/a.jsonl", [{"messages": turns}])
+    limit = len(render_chat(tok, turns)[0]) - 1
+    folder = run(tok_file, kind="sft", max_length=limit, val_fraction=0.0)
+    assert folder.rows() == [render_chat(tok, turns[:2])[0]]
+    assert folder.meta["cut"] == {"after an answer": 1}
+
+
+def test_memory_does_not_grow_with_the_text(tok_file):
+    if not os.path.isdir("/proc"):
+        pytest.skip("peak memory as Linux counts it")
+    peaks = []
+    for megabytes in (2, 20):
+        os.makedirs("in", exist_ok=True)
+        write("in/a.jsonl", [{"text": f"{i}{''.join(POEMS) * 20}"} for i in range(megabytes * 300)])
+        subprocess.run(command("x", "--input=in", f"--tokenizer={tok_file}", "--workers=1"), check=True, capture_output=True)
+        meta = Folder("data/x").meta
+        assert meta["train"]["bytes"] > megabytes * 0.8e6
+        peaks.append(meta["memory"])
+    assert peaks[1] - peaks[0] < 30e6

@@ -11,7 +11,7 @@ import tiktoken
 from hypothesis import given, settings, strategies
 
 import tokenizer
-from records import to_conversation
+from recipes.schemas import convert
 from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer, render_chat, train_tokenizer
 
 POEMS = ["床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n", "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。\n",
@@ -31,13 +31,14 @@ def trained(tmp_path_factory):
     return train_tokenizer(POEMS * 50, tmp_path_factory.mktemp("tok") / "tokenizer.model", 400, 1.0)
 
 
-def rank_file(path, size=0):
-    """A tiktoken rank file: all bytes, then parts of characters and words, then filler up to `size` ranks."""
+def rank_file(path, size=0, digits=(b"12", b"123")):
+    """A tiktoken rank file: all bytes, then parts of characters and words, then filler up to `size` ranks. Without a size
+    it is of no known family, and may have no tokens of several digits."""
     tokens = [bytes([i]) for i in range(256)]
     for text in ("床前明月光疑是地上霜", "举头望明月"):
         for char in text:
             tokens += [char.encode()[:2], char.encode()]
-    tokens += ["明月".encode(), "床前".encode(), b"  ", b"    ", b"he", b"ll", b"hell", b" the", b"12", b"123", b"\n\n"]
+    tokens += ["明月".encode(), "床前".encode(), b"  ", b"    ", b"he", b"ll", b"hell", b" the", b"\n\n", *digits * bool(size)]
     tokens = list(dict.fromkeys(tokens))
     tokens += [b"\xff\xfe" + str(i).encode() for i in range(size - len(tokens))]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
@@ -160,7 +161,7 @@ def test_llama2_like_encodes_as_sentencepiece(tmp_path):
 
 
 def test_qwen_like_encodes_as_tiktoken(tmp_path):
-    ranks = rank_file(tmp_path / "qwen.tiktoken")
+    ranks = rank_file(tmp_path / "qwen.tiktoken", size=151_643)
     tok = load_tokenizer(tmp_path / "qwen.tiktoken")
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")  # from Qwen's tokenization_qwen.py
@@ -183,6 +184,45 @@ def test_llama3_by_its_number_of_ranks(tmp_path):
     assert sorted(names) == list(range(128_000, 128_260))
     assert (tok.eot_id, tok.vocab_size) == (128_256, 128_260)
     assert not set(tok.encode("<|begin_of_text|><|eot_id|>")) & set(names)
+
+
+THREES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")  # of Llama 3, GLM-4 and cl100k
+
+
+@pytest.mark.parametrize("size", [151_329, 100_256])
+def test_glm4_and_cl100k_cut_digits_in_threes(tmp_path, size):
+    ranks = rank_file(tmp_path / "a.tiktoken", size)
+    tok = load_tokenizer(tmp_path / "a.tiktoken")
+    oracle = tiktoken.Encoding("oracle", pat_str=THREES, mergeable_ranks=ranks, special_tokens={})
+    for text in TRAPS + POEMS + ["2024 123456 hell he'll"]:
+        assert tok.encode(text) == oracle.encode(text, disallowed_special=())
+    assert len(tok.encode("123")) == 1 and tok.eot_id == size
+
+
+@pytest.mark.parametrize("size", [50_256, 50_280, 199_998, 163_584, 1000])
+def test_rank_files_of_unknown_families_are_refused(tmp_path, size):
+    rank_file(tmp_path / "other.tiktoken", size)
+    with pytest.raises(ValueError, match=f"other.tiktoken: {size:,} ranks, some of several digits like b'12'.*Known are Qwen"):
+        load_tokenizer(tmp_path / "other.tiktoken")
+
+
+def test_a_small_rank_file_without_numbers_is_cut_as_qwens(tmp_path):
+    rank_file(tmp_path / "small.tiktoken")
+    tok = load_tokenizer(tmp_path / "small.tiktoken")
+    assert tok.decode(tok.encode("2024年123")) == "2024年123" and len(tok.encode("123")) == 3
+
+
+def test_what_a_vocabulary_without_bytes_does_not_know(trained, tmp_path):
+    assert trained.unk_id is None
+    rank_file(tmp_path / "a.tiktoken")
+    assert load_tokenizer(tmp_path / "a.tiktoken").unk_id is None
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(POEMS * 20), model_writer=model, vocab_size=80,
+                                             model_type="bpe", character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tok = load_tokenizer(tmp_path)
+    assert tok.unk_id == 0 and tok.encode("龘").count(tok.unk_id) == 1 and tok.unk_id not in tok.encode("明月")
 
 
 def test_pattern_is_part_of_the_fingerprint(tmp_path, monkeypatch):
@@ -224,6 +264,14 @@ def test_chat_by_hand(trained):
                              "疑是地上霜<|im_end|>\n")
     assert t.decode([i for i, m in zip(ids, mask) if m]) == "床前明月光<|im_end|>疑是地上霜<|im_end|>"
     assert ids.count(t.im_start_id) == ids.count(t.im_end_id) == 5 and len(ids) == len(mask)
+
+
+def test_answers_of_weight_zero_are_masked(trained):
+    turns = [{"role": "user", "content": "明月"}, {"role": "assistant", "content": "坏", "weight": 0},
+             {"role": "user", "content": "然后"}, {"role": "assistant", "content": "好", "weight": 1}]
+    ids, mask = render_chat(trained, turns)
+    assert ids == render_chat(trained, [{k: m[k] for k in ("role", "content")} for m in turns])[0]
+    assert trained.decode([i for i, m in zip(ids, mask) if m]) == "好<|im_end|>"
 
 
 def test_generation_prompt_is_a_prefix_of_the_training_row(trained):
@@ -286,7 +334,7 @@ def test_ids_and_mask_equal_transformers(trained):
             {"system": "诗人", "conversations": [{"from": {"user": "human", "assistant": "gpt"}[role], "value": words}
                                                for role, words in turns + [("user", "再问")]]},
             {"messages": [{"role": role, "content": words} for role, words in [("system", "诗人"), *turns]]}]
-        messages = to_conversation(schemas[number % 4])
+        messages, _ = convert(schemas[number % 4], "sft")
         assert len(messages) >= 2
         want = fast.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         ids, mask = render_chat(trained, messages)
