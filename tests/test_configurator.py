@@ -1,15 +1,19 @@
 """configurator.py: what may be written, what is refused, and in which words."""
 import dataclasses
+import importlib
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configurator import changed, load_config, parse
+import configurator
+from configurator import Count, NonNegative, Positive, Share, Whole, changed, check, help_text, load_config, run
 
 
 @dataclass
@@ -33,10 +37,16 @@ def config_file(tmp_path):
     return write
 
 
-def refused(*argv, positional=None):
-    with pytest.raises(ValueError) as error:
-        parse(Config, list(argv), positional)
-    return str(error.value)
+def parse(Config, argv, positional=None):
+    return load_config(Config, argv, positional)
+
+
+def refused(*argv, positional=None, Config=Config):
+    with pytest.raises(SystemExit) as left:
+        load_config(Config, list(argv), positional)
+    message = str(left.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message.removeprefix("error: ")
 
 
 def test_defaults():
@@ -63,33 +73,33 @@ def test_values_of_the_command_line(argument, key, value):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--lr=fast", "lr wants float, got 'fast' (from command line)"),
-    ("--lr=", "lr wants float, got '' (from command line)"),
-    ("--lr=True", "lr wants float, got 'True'"),
-    ("--lr='1'", "lr wants float"),
-    ("--lr=(1,2)", "lr wants float"),
-    ("--max_steps=0.5", "max_steps wants int, got '0.5' (from command line)"),
-    ("--max_steps=inf", "max_steps wants int, got 'inf'"),
-    ("--max_steps=nan", "max_steps wants int, got 'nan'"),
-    ("--max_steps=1e-5", "max_steps wants int, got '1e-5'"),
-    ("--max_steps=ten", "max_steps wants int, got 'ten'"),
-    ("--max_steps=True", "max_steps wants int, got 'True'"),
-    ("--max_steps=__import__('os').getcwd()", "max_steps wants int"),
-    ("--compile=yes", "compile wants bool, got 'yes' (from command line)"),
-    ("--compile=2", "compile wants bool, got '2'"),
-    ("--compile=", "compile wants bool, got ''"),
+    ("--lr=fast", "lr wants a number, got 'fast' (from the command line)"),
+    ("--lr=", "lr wants a number, got '' (from the command line)"),
+    ("--lr=True", "lr wants a number, got 'True'"),
+    ("--lr='1'", "lr wants a number"),
+    ("--lr=(1,2)", "lr wants a number"),
+    ("--max_steps=0.5", "max_steps wants a whole number, got '0.5' (from the command line)"),
+    ("--max_steps=inf", "max_steps wants a whole number, got 'inf'"),
+    ("--max_steps=nan", "max_steps wants a whole number, got 'nan'"),
+    ("--max_steps=1e-5", "max_steps wants a whole number, got '1e-5'"),
+    ("--max_steps=ten", "max_steps wants a whole number, got 'ten'"),
+    ("--max_steps=True", "max_steps wants a whole number, got 'True'"),
+    ("--max_steps=__import__('os').getcwd()", "max_steps wants a whole number"),
+    ("--compile=yes", "compile wants True or False, got 'yes' (from the command line)"),
+    ("--compile=2", "compile wants True or False, got '2'"),
+    ("--compile=", "compile wants True or False, got ''"),
 ])
 def test_wrong_types_name_key_type_value_and_source(argument, words):
     key, value = argument[2:].split("=", 1)
     message = refused(argument)
-    assert message.startswith(words) and "(from command line)" in message
+    assert message.startswith(words) and "(from the command line)" in message
     assert (repr(value) in message) or (value in message)
 
 
 def test_values_of_a_config_file_are_checked_too(config_file):
-    for text, words in [("max_steps = 0.5", "max_steps wants int, got 0.5"), ("lr = None", "lr wants float, got None"),
-                        ("name = 5", "name wants str, got 5"), ("compile = 'maybe'", "compile wants bool, got 'maybe'"),
-                        ("lr = [1]", "lr wants float, got [1]"), ("max_steps = True", "max_steps wants int, got True")]:
+    for text, words in [("max_steps = 0.5", "max_steps wants a whole number, got 0.5"), ("lr = None", "lr wants a number, got None"),
+                        ("name = 5", "name wants text, got 5"), ("compile = 'maybe'", "compile wants True or False, got 'maybe'"),
+                        ("lr = [1]", "lr wants a number, got [1]"), ("max_steps = True", "max_steps wants a whole number, got True")]:
         path = config_file(text)
         assert refused(path) == f"{words} (from {path})"
     cfg = parse(Config, [config_file("lr = 1\nmax_steps = 1e5\nbatch_size = 8 * 64\ncompile = False")])
@@ -122,7 +132,6 @@ def test_words_that_cannot_be_read(tmp_path):
 def test_a_config_file_may_compute(config_file):
     """Imports, functions, classes and names that begin with an underscore are the file's own business."""
     cfg = parse(Config, [config_file("""
-import math
 import os.path as p
 from math import sqrt, ceil
 from pathlib import Path
@@ -180,12 +189,12 @@ def test_help(capsys, flag):
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(__doc__.strip())
-    lines = {line.split("=")[0].strip(): line for line in text.splitlines()}
-    assert "'data/x'" in lines["--data_dir"] and "str" in lines["--data_dir"]
+    lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
+    assert '"data/x"' in lines["--data_dir"] and "str" in lines["--data_dir"]
     assert lines["--data_dir"].endswith("folder from prepare.py")
-    assert "=0.001 " in lines["--lr"] and "float" in lines["--lr"] and lines["--lr"].endswith("peak learning rate")
-    assert "=1000 " in lines["--max_steps"] and lines["--max_steps"].endswith("steps of the whole run")
-    assert "=True " in lines["--compile"] and "bool" in lines["--compile"]
+    assert "= 1e-3 " in lines["--lr"] and "float" in lines["--lr"] and lines["--lr"].endswith("peak learning rate")
+    assert "= 1000 " in lines["--max_steps"] and lines["--max_steps"].endswith("steps of the whole run")
+    assert "= True " in lines["--compile"] and "bool" in lines["--compile"]
     assert "int" in lines["--batch_size"]
     order = [text.index(word) for word in ("files\n", "--data_dir", "--name", "optimizer\n", "--lr", "--compile")]
     assert order == sorted(order)
@@ -199,10 +208,9 @@ def test_a_stage_prints_its_help_and_errors():
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: no setting 'learning_rate'")
     assert "Traceback" not in wrong.stderr
     import pretrain
-    from configurator import help_text
     text = help_text(pretrain.Config)
     for field in dataclasses.fields(pretrain.Config):
-        assert f"--{field.name}={field.default!r}" in text
+        assert f"--{field.name}: " in text
     assert "torchrun" in text and "micro-steps in a step, all processes together" in text
 
 
@@ -215,10 +223,160 @@ def test_what_a_config_prints_can_be_given_back(lr, steps, compile, name):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.sampled_from([f.name for f in dataclasses.fields(Config)]), st.text())
+@example("lr", "{[]}")  # Python's own words for it would be a TypeError
+@example("max_steps", "1+2j")
+@example("compile", "\0")
+@example("max_steps", "9" * 5000)
 def test_any_text_gives_a_value_of_the_right_type_or_a_clear_error(key, text):
     try:
         cfg = parse(Config, [f"--{key}={text}"])
-    except ValueError as error:
+    except SystemExit as error:
         assert key in str(error) and repr(text) in str(error)
     else:
         assert type(getattr(cfg, key)) is type(getattr(Config(), key))
+
+
+# ---------------------------------------------------------------------------- ranges
+
+
+@dataclass
+class Ranges:
+    count: Count = 1
+    whole: Whole = 0
+    positive: Positive = 1.0
+    non_negative: NonNegative = 0.0
+    share: Share = 0.5
+    choice: Literal["adamw", "muon"] = "adamw"
+
+
+RANGES = {  # field: (what it wants, values it takes, values it refuses)
+    "count": ("a whole number, 1 or more", ["1", "7", "1e3", "2.0"], ["0", "-1", "0.5", "1.5", "inf", "nan", "", "x"]),
+    "whole": ("a whole number, 0 or more", ["0", "7", "1e3"], ["-1", "0.5", "-0.5", "inf", "nan", "True"]),
+    "positive": ("a number above 0", ["1e-30", "3", "0.5"], ["0", "-1", "-1e-30", "inf", "nan", "-inf", "''"]),
+    "non_negative": ("a number, 0 or more", ["0", "0.0", "3", "0.5"], ["-1e-30", "-1", "inf", "nan"]),
+    "share": ("a number from 0 to 1", ["0", "1", "0.5", "1.0"], ["-0.01", "1.01", "2", "inf", "nan"]),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_out_of_its_range_is_refused_where_it_is_read(key, config_file):
+    words, good, bad = RANGES[key]
+    for value in good:
+        got = getattr(load_config(Ranges, [f"--{key}={value}"]), key)
+        assert got == float(value) and type(got) is type(getattr(Ranges(), key))
+    for value in bad:
+        message = refused(f"--{key}={value}", Config=Ranges)
+        assert message == f"{key} wants {words}, got {value!r} (from the command line)"
+    path = config_file(f"{key} = -1")
+    assert refused(path, Config=Ranges) == f"{key} wants {words}, got -1 (from {path})"
+
+
+def test_a_word_that_is_none_of_the_choices():
+    assert load_config(Ranges, ["--choice=muon"]).choice == "muon"
+    for value in ("sgd", "", "Muon", "adamw,muon"):
+        message = refused(f"--choice={value}", Config=Ranges)
+        assert message == f"choice={value!r} (from the command line): known are adamw, muon"
+
+
+STAGES = ["pretrain", "sft", "reward", "ppo", "dpo"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_starts_with_a_setting_that_makes_no_sense(stage):
+    """The defaults of every stage pass their own checks; zero, negative and NaN do not where they mean nothing."""
+    Config = importlib.import_module(stage).Config
+    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    load_config(Config, [f"--{name}={value}" for name, value in fields.items()])
+    for key in ("batch_size", "grad_accum", "eval_every", "log_every", "lr", "max_steps"):
+        if key in fields:
+            for value in ("nan", "-1") + (("0",) if key != "max_steps" else ()):
+                assert refused(f"--{key}={value}", Config=Config).startswith(f"{key} wants a ")
+    for key in ("warmup_steps", "grad_clip", "weight_decay", "min_lr"):
+        if key in fields:
+            assert refused(f"--{key}=-1", Config=Config).startswith(f"{key} wants a ")
+    for key in ("optimizer", "dtype", "loss", "advantage"):
+        if key in fields:
+            message = refused(f"--{key}=sgd", Config=Config)
+            assert message.startswith(f"{key}='sgd'") and ": known are " in message
+
+
+# ---------------------------------------------------------------------------- what run() makes of errors
+
+
+def ends(main, monkeypatch, capsys, **environment):
+    """run() a main; return the exit code and what stands on stderr as the interpreter would print it."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    for name in ("RANK", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        run(main, Config)
+    printed = capsys.readouterr().err
+    if isinstance(left.value.code, str):
+        return 1, printed + left.value.code
+    return left.value.code, printed
+
+
+def raises(error):
+    def main(cfg):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, words", [
+    (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: [Errno 2] No such file or directory: 'x.txt'"),
+    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    (ValueError("head_dim=7 must be even"), "error: head_dim=7 must be even")])
+def test_what_a_user_can_cause_ends_in_one_line(error, words, monkeypatch, capsys):
+    assert ends(raises(error), monkeypatch, capsys) == (1, words)
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+    assert ends(raises(KeyboardInterrupt()), monkeypatch, capsys) == (130, "stopped\n")
+
+
+def test_a_fault_of_ours_shows_where(monkeypatch):
+    """What no user caused keeps its traceback; alone it is Python's own."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(KeyError):
+        run(raises(KeyError("lost")), Config)
+
+
+def test_under_torchrun_rank_0_speaks_for_all(monkeypatch, capsys, tmp_path):
+    """The others wait for torchrun to end them. It closes with a report, whose reason is our line."""
+    waits = []
+    monkeypatch.setattr(configurator.time, "sleep", waits.append)
+    handlers = []
+    monkeypatch.setattr(configurator.signal, "signal", lambda *arguments: handlers.append(arguments))
+    report = tmp_path / "error.json"
+    main = lambda cfg: check(False, "no data here")
+    code, words = ends(main, monkeypatch, capsys, RANK="0", TORCHELASTIC_ERROR_FILE=str(report))
+    assert (code, words) == (1, "error: no data here") and not waits
+    assert json.loads(report.read_text())["message"]["message"] == "error: no data here"
+    code, words = ends(main, monkeypatch, capsys, RANK="1", TORCHELASTIC_ERROR_FILE=str(report))
+    assert (code, words) == (1, "error: rank 1: no data here")  # only where rank 0 had no error of its own
+    assert waits == [5] and len(handlers) == 1
+    code, words = ends(raises(KeyError("lost")), monkeypatch, capsys, RANK="0", TORCHELASTIC_ERROR_FILE=str(report))
+    assert code == 1 and words.count("Traceback") == 1 and words.endswith("error: KeyError: 'lost'")
+    code, words = ends(raises(KeyError("lost")), monkeypatch, capsys, RANK="1", TORCHELASTIC_ERROR_FILE=str(report))
+    assert code == 1 and "Traceback" not in words
+
+
+def test_settings_that_cannot_be_read_end_in_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--lr=fast"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="error: lr wants a number, got 'fast'"):
+        run(lambda cfg: None, Config)
+
+
+def test_a_console_without_chinese_prints_escapes():
+    code = ("from dataclasses import dataclass\nfrom configurator import check, run\n"
+            "@dataclass\nclass Config:\n    x: int = 1\n"
+            "def main(cfg):\n    print('\u5e8a')\n    check(False, '\u524d')\n"
+            "run(main, Config)")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"\\u5e8a\n", b"error: \\u524d\n")

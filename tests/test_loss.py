@@ -139,9 +139,18 @@ def test_the_compiled_loss_equals_the_plain_one(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_loss_where_nothing_counts():
-    model = random_model("llama")
-    loss = loss_of(model, torch.randint(0, V, (2, 5)), torch.full((2, 5), -1))
+@pytest.mark.parametrize("kind", ["llama", "llama_gqa"])  # tied and untied
+@pytest.mark.parametrize("how", ["mean", "weights", "logps"])
+def test_loss_where_nothing_counts(kind, how):
+    """Zero, and a gradient of zero for every parameter: DDP waits for all of them, also where a rank has only padding."""
+    model = random_model(kind)
+    ids = torch.randint(0, V, (2, 5))
+    if how == "mean":
+        loss = loss_of(model, ids, torch.full((2, 5), -1))
+    elif how == "weights":
+        loss = loss_of(model, ids, ids, torch.zeros(2, 5))
+    else:
+        loss = token_logps(model, ids, ids, torch.zeros(2, 5)).sum()
     loss.backward()
     assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters())
 

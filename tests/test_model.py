@@ -399,6 +399,37 @@ def test_router_ignores_autocast():
     assert largest(y.float() - moe(x)) < 0.2
 
 
+# ---------------------------------------------------------------------------- blocks computed twice
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_blocks_keeps_less_and_gives_the_same_gradients(kind):
+    ids = torch.randint(0, V, (2, T))
+    kept = {}
+    gradients = {}
+    for twice in (False, True):
+        model = random_model(kind, 14, n_layers=4).train()
+        model.checkpoint_blocks = twice
+        kept[twice] = 0
+
+        def pack(x):
+            kept[twice] += 0 if isinstance(x, torch.nn.Parameter) else x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = loss_of(model, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients[twice] = {name: p.grad for name, p in model.named_parameters()}
+    assert kept[True] < kept[False] / 4
+    for name, wanted in gradients[False].items():
+        assert largest(gradients[True][name] - wanted) < 1e-6, name
+    # nothing to compute again where no gradients are wanted, and the cache works as ever
+    with torch.no_grad():
+        model.eval()
+        assert generate(model, [[1, 2, 3]], 5, temperature=0) == generate(random_model(kind, 14, n_layers=4), [[1, 2, 3]], 5,
+                                                                          temperature=0)
+
+
 # ---------------------------------------------------------------------------- on a GPU, where there is one
 
 
