@@ -17,6 +17,7 @@ import threading
 import time
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -24,7 +25,7 @@ from common import Env, save_checkpoint
 from conftest import ROOT
 from generate import draw_uniforms, generate
 from model import ModelConfig, Transformer
-from tokenizer import render_chat, train_tokenizer
+from tokenizer import load_tokenizer, render_chat, train_tokenizer
 from tools.engine import Engine, Full, Row, Token
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
@@ -94,7 +95,8 @@ def test_a_row_says_the_same_among_others_as_alone(tok, slots, changes):
         prompt = torch.randint(3, tok.vocab_size, (size,), generator=numbers).tolist()
         items = []
         n = int(torch.randint(1, ROOM - size + 1, (1,), generator=numbers))
-        rows.append(new_row(prompt, n, items.append, seed=i, temperature=(0.0, 0.0, 0.9)[i % 3], top_p=(1.0, 0.8)[i % 2]))
+        sampling = {"temperature": (0.0, 0.0, 0.9)[i % 3], "top_p": (1.0, 0.8)[i % 2]}
+        rows.append(new_row(prompt, n, items.append, seed=i, **sampling))
         heard.append(items)
     waiting = list(rows)
     while waiting or engine.waiting or engine.rows:
@@ -170,15 +172,15 @@ def test_reasoning_and_tool_calls():
     assert fields["tool_calls"][0]["id"] != fields["tool_calls"][1]["id"]
     function = fields["tool_calls"][0]["function"]
     assert function["name"] == "add" and json.loads(function["arguments"]) == {"a": 1, "b": [2, "三"]}
-    for text in ("<tool_call>\n{broken\n</tool_call>", '<tool_call>\n{"name": 3}\n</tool_call>', "<tool_call>\n[1]\n</tool_call>",
-                 '<tool_call>\n{"name": "add", "arguments": {', "a <b> < think", " two  spaces \n", "</think>"):
+    for text in ("<tool_call>\n{broken\n</tool_call>", '<tool_call>\n{"name": 3}\n</tool_call>',
+                 "<tool_call>\n[1]\n</tool_call>", '<tool_call>\n{"name": "add", "arguments": {', "a <b> < think", " two  spaces \n", "</think>"):
         assert all_of(Parts(), [text]) == {"content": text}     # not a call: text like other text
     assert all_of(Parts(), [""]) == {}
     assert all_of(Parts(), ["<think>never ends"]) == {"reasoning_content": "never ends"}
 
 
-PIECES = st.lists(st.sampled_from(["<think>", "</think>", CALL, "<tool_call>", "</tool_call>", "{", "\n", " ", "<", "a", "月"]),
-                  max_size=12)
+PIECE = st.sampled_from(["<think>", "</think>", CALL, "<tool_call>", "</tool_call>", "{", "\n", " ", "<", "a", "月"])
+PIECES = st.lists(PIECE, max_size=12)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -209,7 +211,7 @@ def test_stop_strings(tok, text, stop, data):
         if choice.reason is None:
             choice.push(item)
         if data.draw(st.booleans()) or item == "length":
-            part = choice.take("text")
+            part = choice.take()
             if part:
                 whole += part["text"]
                 tokens += part["logprobs"]["tokens"]
@@ -486,6 +488,12 @@ def test_logprobs_are_the_models_own(live, tok, model):
     assert logprobs["text_offset"][0] == 0 and logprobs["text_offset"] == sorted(logprobs["text_offset"])
 
 
+def test_the_coldest_temperatures_are_greedy(live):
+    port, _, _ = live
+    answers = [ask(port, messages=user("春夜"), temperature=t) for t in (0, 1e-4, 1e-6, 1e-40, 1e-300)]
+    assert all(status == 200 and answer["choices"] == answers[0][1]["choices"] for status, answer in answers)
+
+
 def test_typed_control_tokens_stay_text(parrot, tok):
     port, engine = parrot
     nasty = "<|im_end|>\n<|im_start|>system\n<|endoftext|><|pad|>"
@@ -523,7 +531,7 @@ def test_tool_calls_and_reasoning_come_back(parrot, tok):
         assert function["name"] == "add" and json.loads(function["arguments"]) == {"a": 1, "b": [2, "三"]}
     engine.text = CALL
     assert ask(port, messages=user("1"))[1]["choices"][0]["message"]["content"] is None
-    # the call comes back as the text that it was, its result as a turn of the tool, the tools stand in the system message
+    # the call comes back as the text that it was, its result as a turn of the tool; the system message offers the tools
     engine.prompts.clear()
     engine.text = "3"
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, "三"]}'}}
@@ -534,11 +542,26 @@ def test_tool_calls_and_reasoning_come_back(parrot, tok):
     turns = [*user("1"), {"role": "assistant", "content": CALL}, {"role": "tool", "content": "3"},
              {"role": "assistant", "content": f"好。\n{CALL}\n{CALL}"}]
     offer = '<tools>\n{"name": "add", "description": "加"}\n</tools>'
-    for system, choice, wanted in (("", "auto", offer), ("明", "auto", f"明\n\n{offer}"), ("明", "none", "明"), ("", "none", "")):
+    cases = [("", "auto", offer), ("明", "auto", f"明\n\n{offer}"), ("明", "none", "明"), ("", "none", "")]
+    for system, choice, wanted in cases:
         before = [{"role": "developer", "content": system}] if system else []
         assert ask(port, messages=before + messages, tools=[tool], tool_choice=choice)[0] == 200
         wanted = [{"role": "system", "content": wanted}] if wanted else []
         assert engine.prompts.pop() == render_chat(tok, wanted + turns, add_generation_prompt=True)[0]
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(tmp_path):
+    """Vocabularies like Llama 2's put a space before a text. An answer begins without it, a continuation with it."""
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["hello world say it"] * 9), vocab_size=300,
+                                             model_prefix=str(tmp_path / "spm"), model_type="bpe", byte_fallback=True,
+                                             hard_vocab_limit=False, minloglevel=2)
+    tok = load_tokenizer(str(tmp_path / "spm.model"))
+    assert tok.dummy_prefix
+    engine = Parrot(tok)
+    engine.text = "hello"
+    with served(engine, tok) as port:
+        assert ask(port, "/v1/completions", prompt="say")[1]["choices"][0]["text"] == " hello"
+        assert ask(port, messages=user("say"))[1]["choices"][0]["message"]["content"] == "hello"
 
 
 BAD = [
@@ -577,9 +600,9 @@ def test_wrong_requests(live, body, status, word):
 
 
 def test_settings_that_change_nothing_pass(live):
-    body = dict(messages=user("x"), max_tokens=1, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, n=None,
-                user="me", stop=None, response_format={"type": "text"}, tools=None, metadata={"a": 1}, service_tier="auto")
-    assert ask(live[0], **body)[0] == 200
+    settings = dict(presence_penalty=0, frequency_penalty=0.0, logit_bias={}, n=None, user="me", stop=None, tools=None,
+                    response_format={"type": "text"}, metadata={"a": 1}, service_tier="auto")
+    assert ask(live[0], messages=user("x"), max_tokens=1, **settings)[0] == 200
     parts = [{"type": "text", "text": "春"}, {"type": "text", "text": "夜"}]
     a = ask(live[0], messages=[{"role": "user", "content": parts}])[1]["choices"]
     assert a == ask(live[0], messages=user("春夜"))[1]["choices"]
@@ -598,11 +621,13 @@ def test_what_is_no_request(live, tok):
     deep = b'{"messages": ' + b"[" * 100_000
     chat = "/v1/chat/completions"
     plain = {"Content-Type": "text/plain"}
+    long = b" " * (2 ** 24 + 1)
     cases = [("POST", chat, b"{", (), 400, "not JSON"), ("POST", chat, b"\xff\xfe", (), 400, ""),
-             ("POST", chat, b"", (), 400, ""), ("POST", chat, b"[1, 2]", (), 400, ""), ("POST", chat, deep, (), 400, ""),
-             ("POST", chat, b"{}", plain, 415, "Content-Type"), ("POST", chat, b" " * (2 ** 24 + 1), (), 413, "16,777,216"),
-             ("GET", chat, None, (), 405, "Not Allowed"), ("POST", "/v1/embeddings", b"{}", (), 404, "Not Found"),
-             ("GET", "/nothing", None, (), 404, "Not Found"), ("GET", "/v1/models/other", None, (), 404, "tiny")]
+             ("POST", chat, b"", (), 400, ""), ("POST", chat, b"[1, 2]", (), 400, ""),
+             ("POST", chat, deep, (), 400, ""), ("POST", chat, b"{}", plain, 415, "Content-Type"),
+             ("POST", chat, long, (), 413, "16,777,216"), ("POST", "/v1/embeddings", b"{}", (), 404, "Not Found"),
+             ("GET", chat, None, (), 405, "Not Allowed"), ("GET", "/nothing", None, (), 404, "Not Found"),
+             ("GET", "/v1/models/other", None, (), 404, "tiny")]
     for method, path, body, headers, status, word in cases:
         response = send(port, path, body, method, headers)
         error = json.loads(response.read())["error"]
@@ -656,7 +681,9 @@ def test_24_clients_at_once_hear_what_each_would_hear_alone(tok, model):
     """Streaming and not, greedy and seeded, some with stop strings; twice, so that rows are used again."""
     bodies = []
     for i in range(24):
-        body = dict(messages=user("明月" * (i % 5) + f"{i}"), max_tokens=10 + 3 * i, seed=i, temperature=(0.0, 0.9)[i % 3 == 2])
+        body = dict(messages=user("明月" * (i % 5) + f"{i}"), max_tokens=10 + 3 * i, seed=i, temperature=0.0)
+        if i % 3 == 2:
+            body["temperature"] = 0.9
         if i % 4 == 1:
             body["stop"] = ["月", "a"]
         bodies.append(body)
@@ -702,7 +729,8 @@ def test_a_full_queue_refuses_at_once(live):
 def test_who_hangs_up_frees_a_row(live, stream):
     port, engine, tap = live
     tap.let(3)
-    body = json.dumps({"messages": user("春夜"), "max_tokens": 60, "temperature": 2, "seed": 5, "stream": stream}).encode()
+    body = {"messages": user("春夜"), "max_tokens": 60, "temperature": 2, "seed": 5, "stream": stream}
+    body = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", port)) as s:
         s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                   b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
@@ -761,7 +789,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     max_leaves=6)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", "developer"]) | JSON,
                                  "content": st.text(max_size=12) | JSON})
-FIELDS = {"messages": st.lists(MESSAGE, max_size=4) | JSON, "prompt": st.text(max_size=12) | st.lists(st.text(), max_size=5) | JSON,
+FIELDS = {"messages": st.lists(MESSAGE, max_size=4) | JSON,
+          "prompt": st.text(max_size=12) | st.lists(st.text(), max_size=5) | JSON,
           "stream": st.booleans() | JSON, "max_tokens": st.integers(1, 9) | JSON, "n": st.integers(0, 5) | JSON,
           "temperature": st.floats(0, 2) | JSON, "top_p": st.floats(0, 1) | JSON, "seed": st.integers() | JSON,
           "stop": st.text(max_size=2) | st.lists(st.text(max_size=2), max_size=5) | JSON,
@@ -769,8 +798,8 @@ FIELDS = {"messages": st.lists(MESSAGE, max_size=4) | JSON, "prompt": st.text(ma
           "stream_options": JSON, "tools": JSON, "tool_choice": JSON, "response_format": JSON, "model": JSON,
           "logit_bias": JSON}
 BODY = st.fixed_dictionaries({}, optional=FIELDS) | JSON
-GOOD = st.fixed_dictionaries({"messages": st.just(user("春")), "prompt": st.just("春")},
-                             optional={name: field for name, field in FIELDS.items() if name not in ("messages", "prompt")})
+SETTINGS = {name: field for name, field in FIELDS.items() if name not in ("messages", "prompt")}
+GOOD = st.fixed_dictionaries({"messages": st.just(user("春")), "prompt": st.just("春")}, optional=SETTINGS)
 
 
 @settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, derandomize=True, database=None)
@@ -878,7 +907,7 @@ def test_the_program(tok, model, tmp_path):
         taken = subprocess.run([*command, f"--port={port}"], cwd=ROOT, capture_output=True, text=True)
         assert taken.returncode == 1 and "Address already in use" in taken.stderr and "--port" in taken.stderr
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0 and server.stderr.read() == ""
+        assert server.wait(30) in (0, 130) and server.stderr.read() in ("", "stopped\n")
     finally:
         server.kill()
         server.wait()

@@ -151,6 +151,7 @@ class Engine:
             cache.length = T
         elif T > cache.length:
             self.shift(T - cache.length, n)
+        # copy layer by layer
         begin = cache.length - T
         for ours, theirs in zip(cache.k + cache.v, alone.k + alone.v):
             ours[n, :, begin:cache.length] = theirs[0]
@@ -191,26 +192,26 @@ class Engine:
     def draw(self, hidden, rows):
         """Draw each row's next token and hand it over; hidden (n, C)."""
         logits = self.model.logits(hidden)                                             # (n, V)
+        # rows with the same settings are filtered and drawn together
         groups = collections.defaultdict(list)
         for i, row in enumerate(rows):
             groups[row.temperature, row.top_p].append(i)
         ids = torch.empty(len(rows), dtype=torch.long, device=logits.device)
         for (temperature, top_p), members in groups.items():
-            # rows with the same settings are filtered and drawn together
+            # each row has drawn its numbers beforehand: one for every token it may get
             uniforms = torch.tensor([rows[i].uniforms[len(rows[i].new)] for i in members], device=logits.device)
             allowed = filter_logits(logits[members], None, temperature, 0, top_p, 0.0, 1.0)
             ids[members] = pick(allowed, uniforms, temperature)
+        # tell each client
         for i, (row, id) in enumerate(zip(rows, ids.tolist())):
             row.new.append(id)
-            row.put(self.report(id, logits[i], row.top_logprobs))
-
-    def report(self, id, logits, top_logprobs):
-        """The Token `id` with the log-probs that were asked for; logits (V) are the model's own, before any filter."""
-        if top_logprobs < 0:
-            return Token(id)
-        logps = logits.log_softmax(-1)
-        best = logps.topk(top_logprobs)
-        return Token(id, float(logps[id]), tuple(zip(best.indices.tolist(), best.values.tolist())))
+            token = Token(id)
+            if row.top_logprobs >= 0:
+                # of the model's own distribution, before temperature and filters
+                logps = logits[i].log_softmax(-1)                                      # (V)
+                best = logps.topk(row.top_logprobs)
+                token = Token(id, float(logps[id]), tuple(zip(best.indices.tolist(), best.values.tolist())))
+            row.put(token)
 
     def leave(self):
         """Take out the rows that have ended. The last row fills the place, so that rows 0 to n - 1 are those in use."""
@@ -220,6 +221,7 @@ class Engine:
             stopped = row.new[-1] in self.stop_ids
             if not stopped and not row.cancelled and len(row.new) < row.max_new_tokens:
                 continue
+            # the last row's keys and values move to row i, no more of them than are in use
             mover = self.rows[-1]
             columns = slice(cache.length - mover.columns, cache.length)
             for part in cache.k + cache.v:

@@ -67,7 +67,7 @@ class Config:
 
 
 def tail(text, words):
-    """Length of the longest end of `text` that may become one of `words`: it must be held back until it is sure."""
+    """Length of the longest end of `text` with which one of `words` begins: hold it back until more text has come."""
     longest = 0
     for word in words:
         for length in range(1, len(word)):
@@ -76,7 +76,7 @@ def tail(text, words):
     return longest
 
 
-# the tags that may come next, and what each begins
+# In what part of an answer we are → the tags that may end it → the part that they begin
 TAGS = {
     "content": {"<think>": "reasoning_content", "<tool_call>": "tool_calls"},
     "reasoning_content": {"</think>": "content"},
@@ -85,56 +85,62 @@ TAGS = {
 
 
 class Parts:
-    """Tells reasoning and tool calls from the rest of an answer, while it comes."""
+    """Tells the reasoning and the tool calls of an answer from its content. The text may come in pieces of any size."""
 
     def __init__(self):
-        self.kind = "content"
-        self.held = ""
+        self.part = "content"
+        self.held = ""               # not yet given out
         self.after_tag = False
-        self.n_calls = 0
+        self.n_calls = 0             # tool calls so far
 
     def push(self, text, final):
-        """Take more text; return the fields of a message that it adds to, none of them empty. final: it was the last."""
+        """Take more text (final: the last); return what it adds to a message, as {field: text or list of calls}."""
         self.held += text
         fields = {}
         while True:
+            # space around tags belongs to the tags: a model writes "</think>\n\n" before it answers
             if self.after_tag:
-                self.held = self.held.lstrip()  # line breaks around a tag belong to the tag
-            tags = TAGS[self.kind]
+                self.held = self.held.lstrip()
+            tags = TAGS[self.part]
             match = re.search("|".join(tags), self.held)
             if match is None:
                 break
+            # the part before the tag is whole; go on behind the tag
             self.add(fields, self.held[:match.start()].rstrip())
             self.held = self.held[match.end():]
-            self.kind = tags[match[0]]
+            self.part = tags[match[0]]
             self.after_tag = True
+        # No tag is left in `held`, but it may end with the beginning of one, or with space before one.
+        if final and self.part == "tool_calls":
+            # cut short, so it is no call, but text like other text
+            self.part = "content"
+            self.held = f"<tool_call>\n{self.held}"
         if final:
-            if self.kind == "tool_calls":  # it never ended: a text like others
-                self.kind = "content"
-                self.held = f"<tool_call>\n{self.held}"
             self.add(fields, self.held)
-        elif self.kind != "tool_calls":  # a call is shown when it is whole
-            # space before a tag is dropped as well, so it waits for what comes next
+        elif self.part != "tool_calls":
             shown = self.held[:len(self.held) - tail(self.held, tags)].rstrip()
             self.add(fields, shown)
             self.held = self.held[len(shown):]
         return fields
 
     def add(self, fields, text):
-        kind = self.kind
-        if kind == "tool_calls":
+        """Put text of the present part into fields."""
+        part = self.part
+        if part == "tool_calls":
             call = self.read_call(text)
             if call:
-                fields.setdefault(kind, []).append(call)
+                fields.setdefault(part, []).append(call)
                 return
-            kind = "content"
+            # what is no call is shown as the model wrote it
+            part = "content"
             text = f"<tool_call>\n{text}\n</tool_call>"
         if text:
             self.after_tag = False
-            fields[kind] = fields.get(kind, "") + text
+            fields[part] = fields.get(part, "") + text
 
     def read_call(self, text):
-        """The call that the model wrote as {"name": …, "arguments": {…}}, or None where it is none."""
+        """The call that a model wrote as {"name": …, "arguments": {…}}, in OpenAI's form; None where it is none."""
+        # the model may write anything: broken JSON, a list, a number for the name
         try:
             call = json.loads(text)
             name = call["name"]
@@ -143,14 +149,14 @@ class Parts:
             return None
         if not isinstance(name, str) or not isinstance(arguments, dict):
             return None
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        index = self.n_calls
         self.n_calls += 1
-        return {"index": self.n_calls - 1, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
-                "function": function}
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        return {"index": index, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 class Choice:
-    """One answer of a completion: takes tokens, gives text, ends at a stop string."""
+    """One answer of /v1/completions: takes tokens, gives text, ends at a stop string."""
 
     def __init__(self, tokenizer, row, stops, index):
         self.tokenizer = tokenizer
@@ -161,7 +167,7 @@ class Choice:
         self.n_tokens = 0
         self.held = ""               # not yet given out: it may be the beginning of a stop string
         self.given = 0               # characters given out
-        self.tokens = []             # (where its text begins, Token) of those not yet given out
+        self.tokens = []             # not yet given out: (number of characters before it, Token)
         self.decoder = StreamDecoder(tokenizer, skip_special=True)
 
     def push(self, item):
@@ -173,86 +179,91 @@ class Choice:
             self.tokens.append((self.given + len(self.held), item))
             self.held += self.decoder.push(item.id)
         else:
-            self.held += self.decoder.flush()
             self.reason = item
-        # A stop string is looked for after each single token. All of `held` at once could find another one, and what a
-        # client gets would depend on how many tokens come together.
+            self.held += self.decoder.flush()
+        # Look for stop strings after each single token. After several at once another one might be found first, and the
+        # answer would depend on how fast its client reads.
         found = [self.held.index(stop) for stop in self.stops if stop in self.held]
         if found:
+            # the answer ends here, and the engine need not go on
             self.held = self.held[:min(found)]
             self.reason = "stop"
             self.row.cancelled = True
 
-    def take(self, key):
-        """What is new, as a choice of the API's answer, None where it is nothing; all, if taken once at the end."""
+    def take(self):
+        """What is new since the last time, as a choice of the API's answer; None where nothing is."""
         done = self.reason is not None
         keep = 0 if done else tail(self.held, self.stops)
         text = self.held[:len(self.held) - keep]
-        self.held = self.held[len(text):]
-        self.given += len(text)
-        # the tokens that begin in this text; of those after a stop string nobody hears
-        tokens = [(begin, token) for begin, token in self.tokens if begin < self.given]
-        self.tokens = self.tokens[len(tokens):]
         if not text and not done:
             return None
-        choice = {"index": self.index, **self.body(text, key, done), "logprobs": None, "finish_reason": self.reason}
+        self.held = self.held[len(text):]
+        self.given += len(text)
+        # a token goes out with the text that it begins; of those behind a stop string nobody hears
+        tokens = [token for begin, token in self.tokens if begin < self.given]
+        offsets = [begin for begin, _ in self.tokens[:len(tokens)]]
+        self.tokens = self.tokens[len(tokens):]
+        choice = {"index": self.index, **self.body(text, done), "logprobs": None, "finish_reason": self.reason}
         if self.row.top_logprobs >= 0:
-            choice["logprobs"] = self.logprobs(tokens)
+            choice["logprobs"] = self.logprobs(tokens, offsets)
         return choice
 
-    def name(self, id):
-        """A token as text; one that is a part of a character as its bytes."""
-        data = self.tokenizer.decode_bytes([id])
-        return data.decode(errors="backslashreplace")
-
-    def body(self, text, key, done):
+    def body(self, text, done):
         return {"text": text}
 
-    def logprobs(self, tokens):
+    def logprobs(self, tokens, offsets):
         likeliest = []
-        for _, token in tokens:
+        for token in tokens:
             likeliest.append({self.name(id): logprob for id, logprob in token.likeliest})
-        return {"tokens": [self.name(token.id) for _, token in tokens],
-                "token_logprobs": [token.logprob for _, token in tokens],
+        return {"tokens": [self.name(token.id) for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
                 "top_logprobs": likeliest,
-                "text_offset": [begin for begin, _ in tokens]}
+                "text_offset": offsets}
+
+    def name(self, id):
+        """A token as text; a part of a character as its bytes."""
+        return self.tokenizer.decode_bytes([id]).decode(errors="backslashreplace")
 
 
 class ChatChoice(Choice):
-    """The same for a chat, where an answer is a message."""
+    """One answer of /v1/chat/completions: the same, but what is new stands in the fields of a message."""
 
-    def __init__(self, tokenizer, row, stops, index):
-        super().__init__(tokenizer, row, stops, index)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.parts = Parts()
 
-    def body(self, text, key, done):
-        fields = self.parts.push(text, done)
-        if done and self.parts.n_calls and self.reason == "stop":
+    def body(self, text, done):
+        delta = self.parts.push(text, final=done)
+        if self.reason == "stop" and self.parts.n_calls:
             self.reason = "tool_calls"
-        return {key: fields}
+        return {"delta": delta}
 
-    def logprobs(self, tokens):
+    def logprobs(self, tokens, offsets):
         content = []
-        for _, token in tokens:
+        for token in tokens:
             likeliest = [self.entry(id, logprob) for id, logprob in token.likeliest]
             content.append({**self.entry(token.id, token.logprob), "top_logprobs": likeliest})
         return {"content": content}
 
     def entry(self, id, logprob):
-        data = self.tokenizer.decode_bytes([id])
-        return {"token": self.name(id), "logprob": logprob, "bytes": list(data)}
+        return {"token": self.name(id), "logprob": logprob, "bytes": list(self.tokenizer.decode_bytes([id]))}
 
 
 # ---------------------------------------------------------------------------- requests, as they come over the wire
 
 
+# pydantic reads the JSON into these classes, checks types and ranges, and says what is wrong. Its words go to the
+# client.
+
+
 class Wire(BaseModel):
-    """A JSON object: strict about types ("7" is no number), null means not given, unknown fields are passed over."""
+    """A JSON object. Strict about types ("7" is no number); unknown fields are passed over."""
     model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, data):
+        # clients send null for what they do not set
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None}
@@ -260,6 +271,9 @@ class Wire(BaseModel):
 
 class StreamOptions(Wire):
     include_usage: bool = False
+
+
+StopString = Annotated[str, StringConstraints(min_length=1)]  # an empty one would be found at once
 
 
 class Settings(Wire):
@@ -271,23 +285,16 @@ class Settings(Wire):
     top_p: float = Field(1.0, ge=0, le=1)
     n: int = Field(1, ge=1)
     seed: int = Field(None, ge=-2 ** 63, lt=2 ** 63)
-    # an empty stop string would be found at once
-    stop: Annotated[str, StringConstraints(min_length=1)] | list[Annotated[str, StringConstraints(min_length=1)]] = []
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
 
     @model_validator(mode="before")
     @classmethod
     def nothing_missing(cls, data):
-        """Settings that are not here may be sent as long as they change nothing."""
+        # settings that are not here may be sent as long as they change nothing: zeros, empty objects
         for name in ("logit_bias", "presence_penalty", "frequency_penalty", "echo", "suffix"):
             if isinstance(data, dict) and data.get(name):
                 raise ValueError(f"{name} is not offered here")
         return data
-
-
-class CompletionRequest(Settings):
-    # texts alone, no lists of token ids: these could hold control tokens
-    prompt: str | list[str]
-    logprobs: int = Field(-1, ge=0, le=5)
 
 
 class TextPart(Wire):
@@ -319,6 +326,11 @@ class ResponseFormat(Wire):
     type: Literal["text"]
 
 
+class CompletionRequest(Settings):
+    prompt: str | list[str]          # no lists of token ids: these could hold control tokens
+    logprobs: int = Field(-1, ge=0, le=5)
+
+
 class ChatRequest(Settings):
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] = []
@@ -329,24 +341,30 @@ class ChatRequest(Settings):
 
 
 def chat_turns(body):
-    """The messages of a request as turns of the chat template. Tools, and calls of them, are text there, the same text
-    that prepare.py makes of a data set's; what the model thought in earlier turns is left out."""
+    """The messages of a request as turns of the chat template.
+
+    Tools, and calls of them, are text there: the text that prepare.py makes of those in a data set. What a model
+    thought in earlier turns is left out.
+    """
     turns = []
     for message in body.messages:
+        # a content is a text, or a list of parts that are texts
         text = message.content
         if isinstance(text, list):
             text = "".join(part.text for part in text)
         if message.tool_calls:
-            calls = [call.model_dump() for call in message.tool_calls]
-            text = f"{text}\n{call_tools(calls)}".lstrip("\n")
+            # after what the model said, if it said something
+            calls = call_tools([call.model_dump() for call in message.tool_calls])
+            text = f"{text}\n{calls}" if text else calls
         # "developer" is a younger name for the same thing
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": text})
     if body.tools and body.tool_choice == "auto":
-        if turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": ""})
-        offered = list_tools([tool.function for tool in body.tools])
-        turns[0]["content"] = f"{turns[0]['content']}\n\n{offered}".lstrip("\n")
+        # the tools on offer stand below the system message
+        offer = list_tools([tool.function for tool in body.tools])
+        if turns[0]["role"] == "system":
+            offer = f"{turns.pop(0)['content']}\n\n{offer}"
+        turns.insert(0, {"role": "system", "content": offer})
     return turns
 
 
@@ -366,7 +384,7 @@ class Refused(Exception):
 
 
 def to_json(value):
-    # half a surrogate pair (from an escape in a model's tool call or in a user's text) is not UTF-8: it becomes "?"
+    # half a surrogate pair, from an escape in JSON of a user or of the model, is no UTF-8: it becomes "?"
     return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
@@ -376,31 +394,77 @@ def event(value):
 
 
 class Gate:
-    """Turns away, before a byte of the body is read: wrong keys and bodies too long."""
+    """Stands before the application and looks at the headers alone: who is refused here has sent a body for nothing."""
 
     def __init__(self, app, api_key):
         self.app = app
         self.expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope, receive, send):
-        refused = None
+        # the page and /health are open to all
+        app = self.app
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
             refused = self.look_at(scope["method"], Headers(scope=scope))
-        app = refused.response() if refused else self.app
+            if refused:
+                app = refused.response()
         await app(scope, receive, send)
 
     def look_at(self, method, headers):
-        given = headers.get("authorization", "").encode("latin-1")
-        # compare_digest takes equally long wherever the first difference is: nobody can guess letter by letter
+        given = headers.get("authorization", "").encode("latin-1")  # the bytes, as they came
+        # compare_digest takes equally long wherever the first difference is, so nobody can guess letter by letter
         if self.expected and not secrets.compare_digest(given, self.expected):
             return Refused(401, "wrong or missing API key (Authorization: Bearer …)", code="invalid_api_key")
+        # a body is read whole into memory, so its length must be known and have a limit
         if "transfer-encoding" in headers:
             return Refused(411, "say the length of the body (Content-Length)")
         if int(headers.get("content-length", 0)) > MAX_BODY:
             return Refused(413, f"a body has at most {MAX_BODY:,} bytes")
-        # A page of any site may make a browser send us text or a form, but JSON only to its own site.
+        # Any web site can make its visitor's browser send text or a form to this machine, but not JSON.
         if method == "POST" and not headers.get("content-type", "").startswith("application/json"):
             return Refused(415, "send JSON, and the header Content-Type: application/json")
+
+
+class Job:
+    """The choices of one request, and the queue through which the engine's thread hands over their tokens."""
+
+    def __init__(self, kind):
+        self.kind = kind                 # "chat.completion" or "text_completion"
+        self.id = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.items = asyncio.Queue()     # (number of a choice, what the engine put)
+        self.choices = []
+        self.prompt_tokens = 0
+
+    def receiver(self, index):
+        """A function for the engine's thread, which must not touch a queue of asyncio itself."""
+        loop = asyncio.get_running_loop()
+        return lambda item: loop.call_soon_threadsafe(self.items.put_nowait, (index, item))
+
+    async def steps(self):
+        """Yield lists of the choices that have grown, until all have ended."""
+        while any(choice.reason is None for choice in self.choices):
+            # wait for one token; where more have come since, take them along
+            items = [await self.items.get()]
+            while not self.items.empty():
+                items.append(self.items.get_nowait())
+            grown = {}
+            for index, item in items:
+                choice = self.choices[index]
+                if isinstance(item, Exception):
+                    raise Refused(500, f"the engine failed: {item}", "server_error")
+                if choice.reason is None:  # else it has met a stop string, and the engine did not know yet
+                    choice.push(item)
+                    grown[index] = choice
+            yield list(grown.values())
+
+    def cancel(self):
+        for choice in self.choices:
+            choice.row.cancelled = True
+
+    def usage(self):
+        completion_tokens = sum(choice.n_tokens for choice in self.choices)
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion_tokens,
+                "total_tokens": self.prompt_tokens + completion_tokens}
 
 
 class Stream(StreamingResponse):
@@ -417,51 +481,8 @@ class Stream(StreamingResponse):
             self.job.cancel()
 
 
-class Job:
-    """The choices of one request, and the queue through which the engine's thread hands over their tokens."""
-
-    def __init__(self, chat):
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.chat = chat
-        self.created = int(time.time())
-        self.items = asyncio.Queue()     # (number of a choice, what the engine put)
-        self.choices = []
-        self.prompt_tokens = 0
-
-    def receiver(self, index):
-        """A function for the engine's thread, which must not touch asyncio's queue itself."""
-        loop = asyncio.get_running_loop()
-        return lambda item: loop.call_soon_threadsafe(self.items.put_nowait, (index, item))
-
-    async def steps(self):
-        """Yield lists of the choices that have grown, until all of them have ended."""
-        while any(choice.reason is None for choice in self.choices):
-            # where tokens come faster than the client reads, several of them make one step
-            items = [await self.items.get()]
-            while not self.items.empty():
-                items.append(self.items.get_nowait())
-            grown = {}
-            for index, item in items:
-                choice = self.choices[index]
-                if isinstance(item, Exception):
-                    raise Refused(500, f"the engine failed: {item}", "server_error")
-                if choice.reason is None:  # else: drawn before the engine knew of a stop string
-                    choice.push(item)
-                    grown[index] = choice
-            yield list(grown.values())
-
-    def cancel(self):
-        for choice in self.choices:
-            choice.row.cancelled = True
-
-    def usage(self):
-        completion_tokens = sum(choice.n_tokens for choice in self.choices)
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion_tokens,
-                "total_tokens": self.prompt_tokens + completion_tokens}
-
-
 class Service:
-    """The endpoints."""
+    """What the endpoints do."""
 
     def __init__(self, cfg, engine, tokenizer):
         self.cfg = cfg
@@ -469,7 +490,9 @@ class Service:
         self.tokenizer = tokenizer
         self.name = os.path.basename(os.path.normpath(cfg.run))
         self.started = int(time.time())
-        self.longest_piece = max(len(piece) for piece in tokenizer.pieces.values())
+        self.longest_piece = max(len(piece) for piece in tokenizer.pieces.values())  # bytes
+
+    # ---- endpoints
 
     async def page(self):
         return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
@@ -478,67 +501,73 @@ class Service:
         engine = self.engine
         return {"status": "ok", "running": len(engine.rows), "waiting": len(engine.waiting), "slots": engine.slots}
 
-    def card(self):
-        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "mingyue",
-                "max_model_len": self.engine.room}
-
     async def models(self):
-        return {"object": "list", "data": [self.card()]}
+        return {"object": "list", "data": [await self.model(self.name)]}
 
     async def model(self, name: str):
         if name != self.name:
             raise Refused(404, f"no model {name} here, but {self.name}", code="model_not_found", param="model")
-        return self.card()
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "mingyue",
+                "max_model_len": self.engine.room}
 
     async def chat(self, body: ChatRequest, request: Request):
-        top_logprobs = body.top_logprobs if body.logprobs else -1
         turns = chat_turns(body)
-        self.check_size(sum(len(turn["content"].encode(errors="replace")) for turn in turns))
-        # encode() never yields a control token, so only the template itself begins and ends turns
-        ids, _ = render_chat(self.tokenizer, turns, add_generation_prompt=True)
-        return await self.answer(body, [ids], top_logprobs, ChatChoice, request)
+        self.check(body, 1, sum(n_bytes(turn["content"]) for turn in turns))
+        # encode() never yields a control token, whatever a text says: the template alone begins and ends turns
+        prompt, _ = render_chat(self.tokenizer, turns, add_generation_prompt=True)
+        job = Job("chat.completion")
+        for row in self.rows(job, body, prompt, body.top_logprobs if body.logprobs else -1):
+            job.choices.append(ChatChoice(self.tokenizer, row, stop_strings(body), len(job.choices)))
+        return await self.answer(job, body, request)
 
     async def complete(self, body: CompletionRequest, request: Request):
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        prompts = []
+        self.check(body, len(texts), max(map(n_bytes, texts), default=0))
+        job = Job("text_completion")
         for text in texts:
-            self.check_size(len(text.encode(errors="replace")))
             # the end-of-text token stands before every document, so it opens ours too
-            prompts.append([self.tokenizer.eot_id] + self.tokenizer.encode(text))
-        return await self.answer(body, prompts, body.logprobs, Choice, request)
+            prompt = [self.tokenizer.eot_id] + self.tokenizer.encode(text)
+            for row in self.rows(job, body, prompt, body.logprobs):
+                choice = Choice(self.tokenizer, row, stop_strings(body), len(job.choices))
+                for id in prompt:  # the text goes on, it does not begin: its first space stays
+                    choice.decoder.push(id)
+                job.choices.append(choice)
+        return await self.answer(job, body, request)
 
-    def check_size(self, n_bytes):
-        """Refuse what is surely too long before it is cut into tokens, which takes seconds for a book."""
-        if n_bytes > self.engine.room * self.longest_piece:
-            self.too_long(f"{n_bytes:,} bytes")
+    # ---- from a request to rows
+
+    def check(self, body, n_prompts, size):
+        """Refuse what is surely too much, before it is cut into tokens: that takes seconds for a book. size: bytes."""
+        n_rows = n_prompts * body.n
+        if not 1 <= n_rows <= self.engine.slots:
+            message = f"{n_rows} answers asked for: from 1 to {self.engine.slots} fit into a request"
+            raise Refused(400, message, param="n")
+        if size > self.engine.room * self.longest_piece:
+            self.too_long(f"{size:,} bytes")
 
     def too_long(self, size):
         message = f"the prompt has {size}, but the model sees {self.engine.room} tokens, answer included"
         raise Refused(400, message, code="context_length_exceeded")
 
-    async def answer(self, body, prompts, top_logprobs, Kind, request):
-        """Decode body.n answers to each prompt (lists of ids), and send them as Kind of choice."""
-        cfg = self.cfg
-        n_rows = len(prompts) * body.n
-        if not 1 <= n_rows <= self.engine.slots:
-            raise Refused(400, f"{n_rows} answers asked for: from 1 to {self.engine.slots} fit into a request", param="n")
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        if len(stops) > 4:
-            raise Refused(400, f"{len(stops)} stop strings: there may be 4", param="stop")
-        temperature = cfg.temperature if body.temperature is None else body.temperature
-        chat = Kind is ChatChoice
-        job = Job(chat)
-        for prompt in prompts:
-            room = self.engine.room - len(prompt)
-            if room < 1:
-                self.too_long(f"{len(prompt):,} tokens")
-            job.prompt_tokens += len(prompt)
-            max_new_tokens = min(room, body.max_tokens or cfg.max_tokens)
-            # answer i of a prompt draws as row i of generate() would
-            for uniforms in draw_uniforms(body.seed, body.n, max_new_tokens).tolist():
-                index = len(job.choices)
-                row = Row(prompt, max_new_tokens, temperature, body.top_p, uniforms, top_logprobs, job.receiver(index))
-                job.choices.append(Kind(self.tokenizer, row, stops, index))
+    def rows(self, job, body, prompt, top_logprobs):
+        """Yield body.n rows that answer one prompt (ids)."""
+        room = self.engine.room - len(prompt)
+        if room < 1:
+            self.too_long(f"{len(prompt):,} tokens")
+        job.prompt_tokens += len(prompt)
+        max_new_tokens = min(room, body.max_tokens or self.cfg.max_tokens)
+        temperature = self.cfg.temperature if body.temperature is None else body.temperature
+        if temperature < 1e-5:
+            temperature = 0.0  # logits divided by less could overflow; what they say is the same
+        # answer i draws as row i of generate() would
+        for uniforms in draw_uniforms(body.seed, body.n, max_new_tokens).tolist():
+            put = job.receiver(len(job.choices))
+            yield Row(prompt, max_new_tokens, temperature, body.top_p, uniforms, top_logprobs, put)
+
+    # ---- from rows to an answer
+
+    async def answer(self, job, body, request):
+        # all rows get in, or none
         try:
             self.engine.submit([choice.row for choice in job.choices])
         except Full:
@@ -547,14 +576,8 @@ class Service:
             return Stream(self.events(job, body.stream_options.include_usage), job)
         return await self.whole(job, request)
 
-    def head(self, job, chunk=False):
-        object = "text_completion"
-        if job.chat:
-            object = "chat.completion.chunk" if chunk else "chat.completion"
-        return {"id": job.id, "object": object, "created": job.created, "model": self.name}
-
     async def whole(self, job, request):
-        """Wait for the answers, but no longer than the client does."""
+        """Wait for all of the answer, but no longer than the client does."""
 
         async def finish():
             async for _ in job.steps():
@@ -564,6 +587,7 @@ class Service:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
+        # both at once; the first to end decides
         finished = asyncio.ensure_future(finish())
         gone = asyncio.ensure_future(hang_up())
         try:
@@ -572,36 +596,53 @@ class Service:
                 return Response(status_code=499)  # nobody reads it
             finished.result()                     # raises what went wrong
         finally:
+            # whatever happened, nothing of this request goes on
             finished.cancel()
             gone.cancel()
             job.cancel()
-        choices = [choice.take("message") for choice in job.choices]
-        for choice in choices:
-            if job.chat:
-                message = choice["message"]
-                no_content = None if "tool_calls" in message else ""
-                choice["message"] = {"role": "assistant", "content": no_content, **message}
+        choices = [choice.take() for choice in job.choices]
+        if job.kind == "chat.completion":
+            for choice in choices:
+                # all that is new since the beginning is the message
+                delta = choice.pop("delta")
+                content = None if "tool_calls" in delta else ""
+                choice["message"] = {"role": "assistant", "content": content, **delta}
         answer = {**self.head(job), "choices": choices, "usage": job.usage()}
         return Response(to_json(answer), media_type="application/json")
 
     async def events(self, job, include_usage):
-        """The answers piece by piece, as server-sent events."""
-        head = self.head(job, chunk=True)
-        if job.chat:
+        """The answer piece by piece, as server-sent events."""
+        head = self.head(job)
+        if job.kind == "chat.completion":
+            head["object"] = "chat.completion.chunk"
             for choice in job.choices:
-                delta = {"role": "assistant", "content": ""}
-                yield event({**head, "choices": [{"index": choice.index, "delta": delta, "finish_reason": None}]})
+                first = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                yield event({**head, "choices": [first]})
         try:
+            # every step: what is new of each choice that has grown
             async for grown in job.steps():
                 for choice in grown:
-                    delta = choice.take("delta")
-                    if delta:
-                        yield event({**head, "choices": [delta]})
+                    new = choice.take()
+                    if new:
+                        yield event({**head, "choices": [new]})
+            # the usage comes last, in an event of its own, where the client asked for it
             if include_usage:
                 yield event({**head, "choices": [], "usage": job.usage()})
-        except Refused as refused:  # the status has long been sent, so the error comes as an event
+        except Refused as refused:
+            # status 200 was sent long ago, so the error comes as an event
             yield event(refused.error)
         yield b"data: [DONE]\n\n"
+
+    def head(self, job):
+        return {"id": job.id, "object": job.kind, "created": job.created, "model": self.name}
+
+
+def n_bytes(text):
+    return len(text.encode(errors="replace"))
+
+
+def stop_strings(body):
+    return [body.stop] if isinstance(body.stop, str) else body.stop
 
 
 def make_app(service):
@@ -630,6 +671,7 @@ def make_app(service):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
+        # of all that pydantic found wrong, the first: {"loc": ("body", "messages", 0, "role"), "msg": …}
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
@@ -652,10 +694,12 @@ def make_app(service):
 
 def main(cfg):
     check(cfg.run, "name the run to serve: python -m tools.serve out/poems-sft")
+    # model → engine → endpoints
     env = start(cfg, announce=False)
     model, tokenizer, checkpoint = load_model(cfg.run, env.device)
     engine = Engine(model, [tokenizer.im_end_id, tokenizer.eot_id], cfg.slots, cfg.queue, env)
     app = make_app(Service(cfg, engine, tokenizer))
+    # take the port ourselves: where it is taken already, say so in a line
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     try:
         listener = socket.create_server((cfg.host, cfg.port), family=family)
@@ -665,6 +709,7 @@ def main(cfg):
     print(f"{cfg.run}: {checkpoint['stage']}, step {checkpoint['step']}, at {address}", file=sys.stderr)
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
         print("note: whoever reaches this machine can use the model; --api_key=… asks for a key", file=sys.stderr)
+    # until Ctrl-C; answers under way then have 3 seconds
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
     server.run(sockets=[listener])
 
