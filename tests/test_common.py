@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -30,8 +31,13 @@ ALONE = Env(0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quiet_process():
+    """One thread; the signal handlers that resume() sets are taken back."""
     torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------- learning rate
@@ -541,7 +547,7 @@ def test_trim_log(tmp_path):
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}', '{"st', "", "[]", "7", "{}", "\0" * 9,
                                   '{"step": 3, "x": "\ud83c'])
 def test_a_torn_last_line_is_no_error(tmp_path, torn):
-    """A kill may cut the log anywhere, also within a character, and a crash leave zeros; what follows stays readable."""
+    """A kill may cut the log anywhere, also within a character, and a crash leave zeros; the rest is readable."""
     path = tmp_path / "log.jsonl"
     whole = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in (1, 2))
     path.write_bytes((whole + torn).encode(errors="surrogatepass"))
@@ -566,7 +572,7 @@ def with_singular_values(values, rows, columns):
 @pytest.mark.parametrize("condition", [1, 10, 100])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_orthogonalise_against_an_svd(rows, columns, condition, size):
-    """Singular values close to 1, directions those of U V'. Five steps leave them within 15 % (the paper's figure 2)."""
+    """Singular values close to 1, directions those of U V'. Five steps leave them within 15 %."""
     values = size * torch.logspace(0, -math.log10(condition), min(rows, columns))
     x, wanted = with_singular_values(values, rows, columns)
     got = orthogonalise(x)
@@ -716,7 +722,7 @@ def group_of_one(tmp_path):
 
 
 def test_gradients_travel_while_the_backward_pass_still_runs(group_of_one):
-    """The last layers' gradients are on their way before the first layers' are made; and only in the last micro-step."""
+    """The last layers' gradients travel before the first layers' are made; and only in the last micro-step."""
     model = Transformer(config_of("llama", dim=128, n_layers=6, hidden_dim=512, tie_embeddings=False)).train()
     net = parallel(model, group_of_one)
     events = []

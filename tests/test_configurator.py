@@ -97,9 +97,11 @@ def test_wrong_types_name_key_type_value_and_source(argument, words):
 
 
 def test_values_of_a_config_file_are_checked_too(config_file):
-    for text, words in [("max_steps = 0.5", "max_steps wants a whole number, got 0.5"), ("lr = None", "lr wants a number, got None"),
-                        ("name = 5", "name wants text, got 5"), ("compile = 'maybe'", "compile wants True or False, got 'maybe'"),
-                        ("lr = [1]", "lr wants a number, got [1]"), ("max_steps = True", "max_steps wants a whole number, got True")]:
+    for text, words in [("max_steps = 0.5", "max_steps wants a whole number, got 0.5"),
+                        ("lr = None", "lr wants a number, got None"), ("name = 5", "name wants text, got 5"),
+                        ("compile = 'maybe'", "compile wants True or False, got 'maybe'"),
+                        ("lr = [1]", "lr wants a number, got [1]"),
+                        ("max_steps = True", "max_steps wants a whole number, got True")]:
         path = config_file(text)
         assert refused(path) == f"{words} (from {path})"
     cfg = parse(Config, [config_file("lr = 1\nmax_steps = 1e5\nbatch_size = 8 * 64\ncompile = False")])

@@ -142,7 +142,7 @@ def test_the_compiled_loss_equals_the_plain_one(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "llama_gqa"])  # tied and untied
 @pytest.mark.parametrize("how", ["mean", "weights", "logps"])
 def test_loss_where_nothing_counts(kind, how):
-    """Zero, and a gradient of zero for every parameter: DDP waits for all of them, also where a rank has only padding."""
+    """Zero, and a gradient of zero for every parameter: DDP waits for all, also where a rank has padding alone."""
     model = random_model(kind)
     ids = torch.randint(0, V, (2, 5))
     if how == "mean":

@@ -22,7 +22,7 @@ from data import Split, open_data
 from generate import generate
 from loss import cross_entropy
 from model import ModelConfig, Transformer
-from pretrain import Config, get_batch, main
+from pretrain import Config, get_batch
 from tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -39,6 +39,20 @@ def quiet_process(monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def leave_folder():
+    """What the end of a process does: the lock on out_dir lives as long as env, which its signal handlers keep."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    gc.collect()
+
+
+def main(cfg):
+    """Run the stage as a process of its own would: what an earlier run here held is let go."""
+    leave_folder()
+    pretrain.main(cfg)
+    leave_folder()
 
 
 def letters(tokenizer, text):
@@ -227,13 +241,6 @@ def test_the_last_stretch_mixes_in_rows_of_the_other_folder(settings, other_data
 # ---------------------------------------------------------------------------- resuming
 
 
-def leave_folder():
-    """What the end of a process does: the lock on out_dir lives as long as main's env, which its signal handlers keep."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    gc.collect()
-
-
 def stop_during(monkeypatch, at, how):
     """Let step `at` (counted from 0) be interrupted by how()."""
     lr_at = common.lr_at
@@ -272,6 +279,25 @@ def test_ten_and_ten_steps_are_twenty_to_the_last_bit(settings, tmp_path, monkey
         assert a["model"]["blocks.1.ffn.bias"].any(), "the router's bias must have moved"
 
 
+def test_all_processes_stop_where_one_was_asked_to(settings, monkeypatch, capsys):
+    """Another process got the signal, in the third step: ours saves and ends with it."""
+    real = common.all_sum
+    calls = []
+
+    def all_sum(values, env):
+        calls.append(values)
+        loss, stop = real(values, env)
+        return loss, stop + (len(calls) == 3)
+
+    monkeypatch.setattr(pretrain, "all_sum", all_sum)
+    cfg = settings(max_steps=6)
+    main(cfg)
+    assert "step 3, stopped by another process; the same command goes on from here." in capsys.readouterr().out
+    assert load_checkpoint(cfg.out_dir)["step"] == 3
+    main(cfg)
+    assert load_checkpoint(cfg.out_dir)["step"] == 6 and len(log_of(cfg.out_dir)) == 6
+
+
 def test_after_a_crash_the_lost_steps_are_done_again(settings, tmp_path, monkeypatch):
     """Saved at 8, killed in the 14th: steps 9 to 13 are dropped from the log and done again, with the same result."""
     whole = settings(out_dir=str(tmp_path / "whole"), eval_every=8)
@@ -282,15 +308,21 @@ def test_after_a_crash_the_lost_steps_are_done_again(settings, tmp_path, monkeyp
         raise KeyError("power cut")
 
     stop_during(monkeypatch, 13, crash)
-    with pytest.raises(KeyError) as killed:
+    with pytest.raises(KeyError):
         main(parts)
-    del killed  # its traceback keeps main's locals, and with them the lock on the folder
-    leave_folder()
     assert load_checkpoint(parts.out_dir)["step"] == 8 and len(log_of(parts.out_dir)) == 13
     main(parts)
     assert log_of(whole.out_dir) == log_of(parts.out_dir)
     a, b = load_checkpoint(whole.out_dir), load_checkpoint(parts.out_dir)
     assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+
+
+def test_a_run_that_has_ended_leaves_its_folder(settings):
+    """Also within one process, as in a notebook: what holds the folder goes when main() returns."""
+    cfg = settings(max_steps=1)
+    pretrain.main(cfg)
+    pretrain.main(dataclasses.replace(cfg, max_steps=2))
+    assert load_checkpoint(cfg.out_dir)["step"] == 2
 
 
 def test_a_finished_run_is_left_as_it_is(settings, capsys):
@@ -372,7 +404,8 @@ def test_changed_batches_are_refused_by_name(settings):
 def test_the_same_rows_shared_out_otherwise_give_the_same_run(settings, tmp_path):
     runs = []
     for batch_size, grad_accum in ((4, 2), (2, 4), (8, 1)):
-        cfg = settings(max_steps=3, batch_size=batch_size, grad_accum=grad_accum, out_dir=str(tmp_path / str(batch_size)))
+        cfg = settings(max_steps=3, batch_size=batch_size, grad_accum=grad_accum,
+                       out_dir=str(tmp_path / str(batch_size)))
         main(cfg)
         runs.append([[r["loss"], r["norm"]] for r in log_of(cfg.out_dir)])
     for other in runs[1:]:
@@ -384,7 +417,8 @@ def test_checkpoint_blocks_changes_memory_alone(settings, tmp_path):
     """Computing blocks again in the backward pass: the same losses and gradients, and the same balance of experts."""
     runs = []
     for checkpoint_blocks in (False, True):
-        cfg = settings(**MOE, max_steps=4, checkpoint_blocks=checkpoint_blocks, out_dir=str(tmp_path / str(checkpoint_blocks)))
+        cfg = settings(**MOE, max_steps=4, checkpoint_blocks=checkpoint_blocks,
+                       out_dir=str(tmp_path / str(checkpoint_blocks)))
         main(cfg)
         runs.append((log_of(cfg.out_dir), load_checkpoint(cfg.out_dir)["model"]))
     (log_a, weights_a), (log_b, weights_b) = runs
@@ -403,7 +437,6 @@ def test_a_full_disk_costs_the_last_steps_only(settings):
     """The save fails: one line, exit code 1, the checkpoint before it is whole, and with room again the run goes on."""
     cfg = settings(max_steps=2, eval_every=1)
     main(cfg)
-    leave_folder()
     before = load_checkpoint(cfg.out_dir)
     longer = dataclasses.replace(cfg, max_steps=4)
     arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(longer).items()]
