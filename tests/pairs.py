@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,6 +120,14 @@ def run_in_two(script, out_dir, settings, seconds=180):
             rank.kill()
 
 
+def forget_run():
+    """Let go of what a run holds as long as its process lives: signal handlers, and with them the lock on out_dir."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.collect()
+
+
 def run_with_a_break(stage, cfg, after, monkeypatch):
     """Run a stage, ended in the middle of a step some time after its checkpoint of step `after`; then run it again."""
     real = stage.log
@@ -131,7 +140,7 @@ def run_with_a_break(stage, cfg, after, monkeypatch):
     monkeypatch.setattr(stage, "log", log)
     with pytest.raises(KeyboardInterrupt):
         stage.main(cfg)
-    gc.collect()  # with the run's frames goes its lock on out_dir
+    forget_run()
     assert load_checkpoint(cfg.out_dir)["step"] == after
     monkeypatch.setattr(stage, "log", real)
     stage.main(cfg)
@@ -142,6 +151,7 @@ def check_ten_and_ten(stage, cfg):
     parts = dataclasses.replace(cfg, out_dir=f"{cfg.out_dir}-parts")
     stage.main(dataclasses.replace(cfg, max_steps=20))
     stage.main(dataclasses.replace(parts, max_steps=10))
+    forget_run()
     assert load_checkpoint(parts.out_dir)["step"] == 10
     stage.main(dataclasses.replace(parts, max_steps=20))
     assert_same(load_checkpoint(cfg.out_dir), load_checkpoint(parts.out_dir))

@@ -14,9 +14,9 @@ from configurator import load_config
 from data import collate, open_data, shuffled
 from loss import answer_logps
 from oracles import random_model, twin
-from pairs import (assert_same, check_ten_and_ten, completions, flat_gradient, gradient, make_run,  # noqa: F401
-                   mean_nll, one_thread, place, read_log, run_in_two, run_with_a_break, write_folder, write_pairs,
-                   write_uneven)
+from pairs import (assert_same, check_ten_and_ten, completions, flat_gradient, forget_run, gradient,  # noqa: F401
+                   make_run, mean_nll, one_thread, place, read_log, run_in_two, run_with_a_break, write_folder,
+                   write_pairs, write_uneven)
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 LOSSES = ["dpo", "cdpo", "ipo", "simpo", "orpo"]
@@ -354,10 +354,26 @@ def test_rows_longer_than_the_model_sees_are_no_traceback(place, mixed):
     """Text comes in pieces of 128 tokens, conversations as they are; base/ sees 96 tokens. Either they fit in some way,
     or one sentence says that they do not."""
     root, _ = place
+    cfg = dpo.Config(**settings(root, out_dir=f"{root}/narrow", max_steps=1, ptx_dir=f"{root}/text", ptx_coef=0.5))
     try:
-        dpo.main(dpo.Config(**settings(root, out_dir=f"{root}/narrow", max_steps=1, ptx_dir=f"{root}/text", ptx_coef=0.5)))
+        dpo.main(cfg)
     except (SystemExit, ValueError) as error:  # what configurator.run shows as one line
         assert "\n" not in str(error)
+
+
+def test_rows_of_another_kind_are_refused(place, mixed):
+    """Ranked answers are no conversations to imitate: the rejected ones would be learned, too. Prompts have no targets.
+    A text shorter than a piece has none either."""
+    root, tok = place
+    prompt = [([5, 6, 7], [0, 0, 0])]
+    write_folder(f"{root}/prompts", tok, "prompts", {"train": prompt, "val": prompt})
+    write_folder(f"{root}/short", tok, "text", {"train": [5] * 100, "val": [5] * 100})
+    for name in ("data", "prompts", "short", "nowhere"):
+        cfg = dpo.Config(**settings(root, init_from=f"{root}/base160", out_dir=f"{root}/refused", max_steps=1,
+                                    ptx_dir=f"{root}/{name}", ptx_coef=0.5))
+        with pytest.raises(SystemExit, match=f"error: .*{root}/{name}"):
+            dpo.main(cfg)
+        forget_run()
 
 
 # ---------------------------------------------------------------------------- probabilities near 1

@@ -13,7 +13,7 @@ from configurator import load_config
 from conftest import ROOT
 from loss import cross_entropy
 from model import ModelConfig, Transformer
-from pairs import check_ten_and_ten
+from pairs import check_ten_and_ten, forget_run
 from test_sft import check_resume, check_two_ranks, gradients, place, quick, run, settings  # noqa: F401 (fixtures)
 
 TARGETS = "qkv|out|gate_up|down"
@@ -204,6 +204,7 @@ def test_another_base_is_refused(place):  # noqa: F811
     run(settings(root, out_dir=f"{root}/adapters", lora_rank=2, max_steps=1))
     with pytest.raises(SystemExit, match="lora=.*'rank': 2.* there, None here"):
         sft.main(settings(root, out_dir=f"{root}/adapters"))
+    forget_run()
     with pytest.raises(SystemExit, match="is of another run: lora=.*'rank': 2.* there, .*'rank': 4.* here"):
         sft.main(settings(root, out_dir=f"{root}/adapters", lora_rank=4))
     checkpoint = load_checkpoint(f"{root}/adapters")

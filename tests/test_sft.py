@@ -16,7 +16,7 @@ from conftest import ROOT
 from data import Split, open_data
 from loss import cross_entropy
 from model import ModelConfig, Transformer
-from pairs import check_ten_and_ten, write_folder
+from pairs import check_ten_and_ten, forget_run, write_folder
 from tokenizer import render_chat, train_tokenizer
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
@@ -206,6 +206,7 @@ def test_loss_by_hand():
 
 def run(cfg):
     sft.main(cfg)
+    forget_run()
     return load_checkpoint(cfg.out_dir)
 
 
