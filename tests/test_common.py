@@ -92,7 +92,8 @@ def test_start_prints_what_was_changed(capsys, monkeypatch):
 
 
 def adamw(**changes):
-    defaults = dict(optimizer="adamw", lr=1e-3, adam_lr=0.0, weight_decay=0.1, grad_clip=1.0, out_dir="out/x")
+    defaults = dict(optimizer="adamw", lr=1e-3, adam_lr=0.0, momentum=0.95, weight_decay=0.1, grad_clip=1.0,
+                    out_dir="out/x")
     return SimpleNamespace(**{**defaults, **changes})
 
 
@@ -120,7 +121,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     model = random_model("dots1")
     adam, muon = make_optimizers(model, adamw(optimizer="muon"))
     assert isinstance(muon, Muon) and isinstance(adam, torch.optim.AdamW)
-    taken = names(model, muon.param_groups[0]["params"])
+    taken = set().union(*(names(model, g["params"]) for g in muon.param_groups))
     assert taken == {name for name, p in model.named_parameters()
                      if p.ndim == 2 and name.startswith("blocks.") and "router" not in name}
     left = set().union(*(names(model, g["params"]) for g in adam.param_groups))
@@ -636,6 +637,34 @@ def test_muon_treats_matrices_of_one_shape_as_if_alone():
             optimizer.step()
     for a, b in zip(together, alone):
         assert (a - b).abs().max() < 1e-5
+
+
+def test_muon_treats_the_matrices_in_one_parameter_as_if_apart():
+    """q, k, v lie in one matrix, gate and up in another; each is orthogonalised and stepped by itself."""
+    fused = torch.nn.Parameter(torch.randn(16, 6))
+    apart = [torch.nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
+    optimizers = [Muon([{"params": [fused], "parts": (8, 4, 4)}], lr=0.1, weight_decay=0.1),
+                  Muon(apart, lr=0.1, weight_decay=0.1)]
+    for step in range(3):
+        fused.grad = torch.randn(16, 6)
+        for p, grad in zip(apart, fused.grad.split([8, 4, 4])):
+            p.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (fused - torch.cat(apart)).abs().max() < 1e-5
+
+
+def test_muon_knows_which_matrices_lie_in_one_parameter():
+    """By the shapes of the model: 8 query heads and 2 key heads of 4 channels, a feed-forward layer 80 wide."""
+    model = random_model("llama_gqa")
+    muon = make_optimizers(model, adamw(optimizer="muon", momentum=0.8))[1]
+    found = {}
+    for group in muon.param_groups:
+        assert group["momentum"] == 0.8
+        for name in names(model, group["params"]):
+            found[name.removeprefix("blocks.1.")] = list(group["parts"])
+    assert found["attn.qkv.weight"] == [32, 8, 8] and found["ffn.gate_up.weight"] == [80, 80]
+    assert found["attn.out.weight"] == [32] and found["ffn.down.weight"] == [32]
 
 
 def test_muon_goes_on_from_its_state_to_the_last_bit():
