@@ -384,6 +384,30 @@ def test_micro_steps_do_not_matter(play, monkeypatch):
     assert torch.allclose(*results, atol=1e-6)
 
 
+def test_every_answer_has_random_numbers_of_its_own(play, monkeypatch):
+    """Row r of a call draws from seed + r: no two answers of a run may share a generator."""
+    actor, reference, _ = models()
+    rollouts = spy(monkeypatch, "rollout")
+    cfg = tiny(advantage="rloo", batch_size=3, group_size=2, grad_accum=4, max_steps=3)
+    play(actor, reference, None, cfg)
+    seeds = [args[6] + row for args, documents in rollouts for row in range(len(documents))]
+    assert len(seeds) == 3 * 4 * 6 and len(set(seeds)) == len(seeds)
+
+
+def test_every_epoch_visits_every_answer_once_in_other_minibatches(play, monkeypatch):
+    actor, reference, _ = models()
+    torch.nn.init.normal_(actor.lm_head.weight, std=0.2)
+    calls = spy(monkeypatch, "policy_loss")
+    cfg = tiny(advantage="rloo", batch_size=4, group_size=2, grad_accum=2, max_steps=1, ppo_epochs=3, minibatches=2)
+    play(actor, reference, None, cfg, PROMPTS)
+    # an answer is known by its log-probs; a minibatch of 8 answers comes in two parts
+    updates = [[tuple(row.tolist()) for call in calls[i:i + 2] for row in call[0][1]] for i in range(0, 12, 2)]
+    epochs = [updates[i:i + 2] for i in range(0, 6, 2)]
+    assert all(sorted(a + b) == sorted(sum(updates[:2], [])) for a, b in epochs)
+    assert len(set(sum(updates[:2], []))) == 16
+    assert len({tuple(sorted(map(frozenset, epoch), key=sorted)) for epoch in epochs}) == 3
+
+
 # ---------------------------------------------------------------------------- one step against a plain loop
 
 
