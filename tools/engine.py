@@ -59,8 +59,8 @@ class Full(Exception):
 class Engine:
     """What a row says depends on its own prompt, settings and uniforms, not on its neighbours.
 
-    But for rounding: sums over batches of other sizes differ in their last bit. In fp32 that turns no choice except
-    between equally likely tokens; in a GPU's bf16 now and then one between tokens that are close.
+    But for rounding: sums over batches of other sizes differ in their last bit. In fp32 that decides only between
+    tokens equally likely to seven digits, and draws as near to the edge between two; in bf16, between close ones.
     """
 
     def __init__(self, model, stop_ids, slots, queue, env):
