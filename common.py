@@ -40,6 +40,7 @@ class Env:
     dtype: torch.dtype
     scaler: torch.amp.GradScaler = None  # does nothing, unless products are in fp16
     signals: list = dataclasses.field(default_factory=list)
+    lock: object = None  # the open file that keeps other processes out of out_dir
 
     def __post_init__(self):
         if self.scaler is None:
@@ -66,8 +67,8 @@ def start(cfg, announce=True):
     rank = int(os.environ.get("RANK", 0))
     device = choose_device(cfg.device)
     if device.type == "cuda":
-        if world > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        index = int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         # cuDNN's attention makes a plan for each new shape: a stall for each length of a prompt, a group, an answer
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -186,6 +187,8 @@ def finish(cfg, env, step, hint=""):
             how = "stopped by another process; the same command goes on from here"
         memory = peak_memory(env) / 2 ** 30
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, {how}. Peak memory {memory:.2f} GiB. {hint}", flush=True)
+    if env.lock:
+        env.lock.close()
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
@@ -232,77 +235,80 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): every direction of a matrix is learned equally.
 
     The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so a learning rate means the same here
-    and there. Matrices of one shape are orthogonalised together, in bf16 on GPUs and in fp32 elsewhere.
+    and there. A group's "parts" are the rows of the matrices that lie in one parameter, like q, k and v: each is a
+    matrix of its own. Matrices of one shape are orthogonalised together, in bf16 on GPUs and in fp32 elsewhere.
     """
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, groups, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=None))
 
     @torch.no_grad()
     def step(self):
+        same_shape = defaultdict(list)  # shape: [(matrix, what to learn, its group)]
         for group in self.param_groups:
-            same_shape = defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for params in same_shape.values():
-                self.step_together(params, group)
-
-    def step_together(self, params, group):
-        """One step for matrices (rows, columns) of one shape."""
-        updates = []
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            # Nesterov: look ahead by the momentum that this gradient has just moved
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
-        updates = torch.stack(updates)                                             # (matrices, rows, columns)
-        if updates.is_cuda:
-            updates = updates.bfloat16()
-        updates = orthogonalise(updates).to(params[0].dtype)
-        step_size = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        for p, update in zip(params, updates):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-step_size)
+                if p.grad is None:
+                    continue
+                # Nesterov: look ahead by the momentum that this gradient has just moved
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])
+                parts = group["parts"] or [len(p)]
+                for matrix, part in zip(p.split(parts), update.split(parts)):
+                    same_shape[matrix.shape].append((matrix, part, group))
+        for shape, matrices in same_shape.items():
+            updates = torch.stack([part for _, part, _ in matrices])               # (matrices, rows, columns)
+            if updates.is_cuda:
+                updates = updates.bfloat16()
+            updates = orthogonalise(updates)
+            for (matrix, _, group), update in zip(matrices, updates):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def make_optimizers(model, cfg, lr=None):
     """Return a list of optimizers over the parameters that want gradients.
 
     adamw: weight decay on matrices, none on gains and biases. muon: the blocks' matrices go to Muon; embeddings, head,
-    gains and biases stay with AdamW, at cfg.adam_lr.
+    experts, gains and biases stay with AdamW, at cfg.adam_lr.
     """
     lr = lr or cfg.lr
     use_muon = getattr(cfg, "optimizer", "adamw") == "muon"
-    muon = []
+    adam_lr = cfg.adam_lr or lr if use_muon else lr
+    muon = defaultdict(list)  # rows of the matrices in a parameter: parameters
     matrices = []
     vectors = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if use_muon and p.ndim == 2 and "blocks." in name and "router" not in name:
-            muon.append(p)
+            muon[parts_of(name, p, model.config)].append(p)
         elif p.ndim >= 2:
             matrices.append(p)
         else:
             vectors.append(p)
-    groups = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    adam_lr = cfg.adam_lr or lr if use_muon else lr
     optimizers = []
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=True))
     if muon:
-        optimizers.append(Muon(muon, lr, cfg.weight_decay))
+        groups = [{"params": params, "parts": parts} for parts, params in muon.items()]
+        optimizers.append(Muon(groups, lr, cfg.weight_decay, cfg.momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def parts_of(name, p, config):
+    """Return the rows of the matrices that lie in one parameter: q, k and v; gate and up; else one."""
+    if name.endswith("qkv.weight"):
+        kv = config.n_kv_heads * config.head_dim
+        return (config.n_heads * config.head_dim, kv, kv)
+    if name.endswith("gate_up.weight"):
+        return (len(p) // 2, len(p) // 2)
+    return (len(p),)
 
 
 def lr_at(step, cfg):

@@ -140,7 +140,7 @@ def parse(value, kind, error):
         value = value.strip()
         try:
             value = ast.literal_eval(value.title() if kind is bool else value)  # true is True
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             check(value in ("inf", "-inf", "nan"), error)
             value = float(value)
     if kind is bool:

@@ -143,17 +143,35 @@ def open_pairs(folder, fingerprint, max_seq_len):
     return train, val, meta
 
 
+PIECE = 128  # tokens of a text that are mixed in as one row
+
+
+def open_mixed(folder, n_rows, tokenizer, max_seq_len, env):
+    """Open the data that a preference stage mixes in: conversations (kind sft) or text. Return its training split."""
+    train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
+    check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+    check(n_rows % env.world == 0, f"ptx_rows={n_rows} must be a multiple of the {env.world} processes")
+    if meta["kind"] == "text":
+        longest = PIECE
+        check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
+    else:
+        longest = np.diff(train.idx).max(initial=0)
+    check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare it again "
+          f"with --max_length={max_seq_len}")
+    return train
+
+
 def mixed_rows(split, number, n_rows, seed, pad_id, env):
     """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before (PPO-ptx,
-    InstructGPT, eq. 2): conversations of a data folder of kind sft, or pieces of 128 tokens of one of kind text.
+    InstructGPT, eq. 2): conversations, or pieces of a text.
 
     Return ids, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
     """
     documents = []
     if split.idx is None:
-        n_pieces = (len(split.tokens) - 1) // 128
+        n_pieces = (len(split.tokens) - 1) // PIECE
         for piece in shuffled(n_pieces, number * n_rows, n_rows, seed):
-            tokens = split.tokens[128 * piece:128 * piece + 129].astype(np.int64)
+            tokens = split.tokens[PIECE * piece:PIECE * piece + PIECE + 1].astype(np.int64)
             documents.append((tokens, np.ones(len(tokens))))
     else:
         for i in shuffled(len(split), number * n_rows, n_rows, seed):

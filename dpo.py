@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from common import (all_sum, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval, optimizer_step,
                     parallel, resume, save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
-from data import get_prompts, mixed_rows, open_data, open_pairs, shuffled
+from configurator import Count, NonNegative, Positive, Share, Whole, run
+from data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
 from lora import start_lora
 from loss import answer_logps, cross_entropy
 
@@ -166,14 +166,14 @@ def main(cfg):
         reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
         start_lora(model, cfg)
+    stat_names = STATS if reference else STATS[:5]  # without a reference there are no ratios
     net = parallel(model, env)  # model, plus the exchange of gradients between processes
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_pairs(cfg.data_dir, tokenizer.fingerprint, model.config.max_seq_len)
     n_prompts = len(train.prompt_bounds()) - 1
     if cfg.ptx_coef:
-        ptx = open_data(cfg.ptx_dir, fingerprint=tokenizer.fingerprint)[0]
-        check(cfg.ptx_rows % env.world == 0, f"ptx_rows={cfg.ptx_rows} must be a multiple of the {env.world} processes")
+        ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
@@ -215,11 +215,11 @@ def main(cfg):
         seconds = time.perf_counter() - began
 
         # measure on held-out prompts now and then, and at the end
-        record = {**dict(zip(STATS, stats)), "lr": lr, "norm": norm, "seconds": seconds}
+        record = {**dict(zip(stat_names, stats)), "lr": lr, "norm": norm, "seconds": seconds}
         last = step == cfg.max_steps
         measure = last or step % cfg.eval_every == 0
         if measure and len(val):
-            for name, value in zip(STATS, evaluate(model, reference, val, cfg, pad_id, env)):
+            for name, value in zip(stat_names, evaluate(model, reference, val, cfg, pad_id, env)):
                 record[f"val_{name}"] = value
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)

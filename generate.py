@@ -12,7 +12,6 @@ import torch
 from model import KVCache
 
 
-@torch.compiler.set_stance("force_eager")  # blocks compiled for training would be compiled anew for each new length
 @torch.no_grad()  # not inference_mode: there, autocast would cast every weight anew for every token
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
              stop_ids=(), pad_id=0, seed=None, on_token=None, group_size=1):

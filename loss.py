@@ -7,6 +7,7 @@ How rows become losses, without ever holding all the logits: N tokens times a vo
     score_answers(model, batch, env)                   a reward model's score of each row's answer
     text_loss(model, split, ...)                       nats a token and bits a byte of a text
 """
+import functools
 import math
 
 import numpy as np
@@ -34,7 +35,10 @@ def softmax_nll(logits, target):
     return nll, gradient.to(logits.dtype)
 
 
-compiled_softmax_nll = torch.compile(softmax_nll, dynamic=True)  # one pass over the logits instead of six
+@functools.cache  # made when it is first asked for: torch's compiler takes seconds to import
+def compiled_softmax_nll():
+    """softmax_nll in one pass over the logits instead of six."""
+    return torch.compile(softmax_nll, dynamic=True)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -46,7 +50,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad, compiled):
-        nll_and_gradient = compiled_softmax_nll if compiled else softmax_nll
+        nll_and_gradient = compiled_softmax_nll() if compiled else softmax_nll
         on = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
         rounded_head = head.to(dtype)

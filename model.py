@@ -338,11 +338,13 @@ class Transformer(nn.Module):
         sin = self.sin[positions].unsqueeze(-2)
         x = self.embed(ids)                                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            append = functools.partial(cache.append, layer) if cache is not None else None
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if cache is not None:
+                # not block(...): blocks compiled for training would be compiled anew for each new length
+                x = block.forward(x, cos, sin, mask, functools.partial(cache.append, layer))
+            elif self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, append)
+                x = block(x, cos, sin, mask)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -31,7 +31,7 @@ import torch
 from common import (all_sum, finish, load_model, load_reward_model, log, lr_at, make_optimizers, micro_steps,
                     optimizer_step, parallel, resume, save, set_lr, start)
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
-from data import collate, mixed_rows, open_data, shuffled
+from data import collate, mixed_rows, open_data, open_mixed, shuffled
 from generate import generate
 from loss import cross_entropy, score_answers, token_logps
 
@@ -301,8 +301,7 @@ def main(cfg):
           f"{cfg.max_new_tokens} that exceeds the {room} tokens the model can see. Prepare it again with a smaller "
           "--max_length, or lower --max_new_tokens")
     if cfg.ptx_coef:
-        ptx = open_data(cfg.ptx_dir, fingerprint=tokenizer.fingerprint)[0]
-        check(cfg.ptx_rows % env.world == 0, f"ptx_rows={cfg.ptx_rows} must be a multiple of the {env.world} processes")
+        ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, room, env)
     stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
     pad_id = tokenizer.pad_id
 
@@ -359,6 +358,7 @@ def main(cfg):
         # (2) score the answers, (3) log-probs of actor and reference, values of the critic
         batch = describe(documents)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
+        record = summary(batch, env)
         scored = time.perf_counter()
 
         # (4) a reward for each token: the KL penalty everywhere, the score at the end
@@ -379,7 +379,6 @@ def main(cfg):
                 batch["mask"] = mask * (~flat).float().repeat_interleave(cfg.group_size)[:, None]
 
         # (6) update: a few passes over the answers, an optimizer step for each minibatch
-        record = summary(batch, env)
         stats = collections.Counter()
         learning = not critic or step >= cfg.critic_warmup
         first_ratio_error = 0.0

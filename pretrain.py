@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from common import (GPU_TFLOPS, all_sum, compile_blocks, finish, log, lr_at, make_optimizers, micro_steps, no_grad_eval,
                     optimizer_step, parallel, peak_flops, resume, save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Whole, check, run
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data, shuffled
 from generate import generate
 from loss import cross_entropy, text_loss
@@ -67,6 +67,7 @@ class Config:
     lr: Positive = 1e-3
     min_lr: NonNegative = 1e-4     # at the last step
     adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
+    momentum: Share = 0.95         # muon
     warmup_steps: Whole = 50
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.1
@@ -143,6 +144,8 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that its "
+          "tokens were made with. Prepare the folder again")
     by_heart = train
     if cfg.anneal_steps:
         by_heart = open_data(cfg.anneal_dir, "text", meta["fingerprint"])[0]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from common import (all_sum, compile_blocks, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval,
                     optimizer_step, parallel, resume, save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Whole, check, run
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data
 from generate import generate
 from lora import start_lora
@@ -55,6 +55,7 @@ class Config:
     lr: Positive = 3e-4
     min_lr: NonNegative = 3e-5     # at the last step
     adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
+    momentum: Share = 0.95         # muon
     warmup_steps: Whole = 20
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.0

@@ -40,19 +40,13 @@ from common import load_model, load_reward_model
 from data import collate, open_data, open_pairs
 from generate import generate
 from loss import answer_logps, score_answers, text_loss
+from recipes import smalltalk
 from recipes.poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
 from tokenizer import load_tokenizer, render_chat
 
 ANSWERS = 4           # poems to each title
 FREE_SAMPLES = 100
 QUESTIONS = 200       # of the instruction data, for `unrepeated`
-IDENTITY = """
-你是谁？ 你叫什么名字？ 你好，你是谁？ 请介绍一下你自己。 请问你叫什么？
-你的名字是什么？ 自我介绍一下吧。 你能介绍一下自己吗？ 我该怎么称呼你？ 告诉我你的名字。
-你是什么？ 你是什么模型？ 你是机器人吗？ 你是人工智能吗？ 你好！请问你是谁？
-跟我说说你自己。 我在和谁说话？ 谁在回答我？ 你究竟是谁？ 能告诉我你是谁吗？""".split()
-
-
 @dataclass
 class Material:
     """What the runs are asked, and whom they are compared with (None where that run is not there)."""
@@ -243,8 +237,8 @@ def measure_poems(model, tokenizer, material, cfg, env):
 
 def measure_chat(model, tokenizer, material, cfg, env):
     """A chat run: does it know its name and what it learned by heart, does it loop, does it follow held-out answers?"""
-    greedy = ask(model, tokenizer, IDENTITY, 0.0, cfg, env)
-    sampled = ask(model, tokenizer, IDENTITY * 5, 0.7, cfg, env)
+    greedy = ask(model, tokenizer, smalltalk.HELD_OUT, 0.0, cfg, env)
+    sampled = ask(model, tokenizer, smalltalk.HELD_OUT * 5, 0.7, cfg, env)
     result = {
         "identity": [names_itself(answer) for answer in greedy],
         "identity_sampled": [names_itself(answer) for answer in sampled]}
