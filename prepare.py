@@ -5,6 +5,7 @@ Raw files, or a named recipe, to a folder of tokens that the stages open with me
     python prepare.py my_data --input=corpus/                          # pretraining text, trains a tokenizer
     python prepare.py my_sft --input=chat.jsonl --kind=sft --tokenizer=data/my_data
     python prepare.py my_sft --show=5                                  # look at a folder: learned tokens are green
+    python prepare.py stories --input=data00.json --fields=text:story  # which field is which, where the names are unknown
 
 in:  .txt .jsonl .json .csv .parquet, plain or compressed (recipes/records.py); every record's schema is told by the names
      of its fields (recipes/schemas.py)
@@ -76,6 +77,7 @@ FILES = {
     "pairs": ("bin", "mask", "idx", "group"),
     "prompts": ("bin", "idx"),
 }
+COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 ODD = 0x9E3779B97F4A7C15  # hashes times an odd number are hashes again
 
 
@@ -85,13 +87,15 @@ ODD = 0x9E3779B97F4A7C15  # hashes times an odd number are hashes again
 def divide(table, val_fraction):
     """Return {"train": numbers, "val": numbers}: which document comes when. One that is repeated stands there again as
     number + n, number + 2 n, … of n documents."""
-    # In the order of their hashes documents are shuffled, and of equal ones the first is kept. Where equal ones ask for
-    # different things, the split that is held out wins, and the highest repetition.
-    hashes, first, group = np.unique(table["hash"], return_index=True, return_inverse=True)
-    asked = np.full(len(hashes), ANY)
-    times = np.ones(len(hashes), int)
-    np.maximum.at(asked, group, table["split"])
-    np.maximum.at(times, group, table["times"])
+    # In the order of their hashes documents are shuffled, and equal ones stand side by side: the first is kept. Where
+    # they ask for different things, the split that is held out wins, and the highest repetition.
+    order = np.argsort(table["hash"])
+    hashes = table["hash"][order]
+    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
+    asked = np.maximum.reduceat(table["split"][order], first)
+    times = np.maximum.reduceat(table["times"][order], first)
+    hashes = hashes[first]
+    order = order[first]
 
     # The end of this order is held out; of a small set at least one document.
     free = asked == ANY
@@ -101,14 +105,14 @@ def divide(table, val_fraction):
         held_out[np.flatnonzero(free)[-1]] = True
 
     # The copies of a training document get hashes of their own, so they lie anywhere in the order.
-    numbers = [first[~held_out]]
+    train = [order[~held_out]]
     keys = [hashes[~held_out]]
     for copy in range(1, times.max()):
         again = ~held_out & (times > copy)
-        numbers.append(first[again] + copy * len(table))
+        train.append(order[again] + copy * len(table))
         keys.append(hashes[again] * np.uint64(ODD**copy % 2**64))
-    order = np.argsort(np.concatenate(keys))
-    return {"train": np.concatenate(numbers)[order], "val": first[held_out]}
+    by_key = np.argsort(np.concatenate(keys))
+    return {"train": np.concatenate(train)[by_key], "val": order[held_out]}
 
 
 # ---------------------------------------------------------------------------- documents to tokens
@@ -144,8 +148,7 @@ def render(tok, kind, document, max_length, counts):
     else:
         # every answer is a row of its own; earlier answers in the prompt are not judged
         prompt = content["prompt"]
-        ids, _ = render_chat(tok, prompt, add_generation_prompt=True)
-        head = len(ids)
+        head = len(render_chat(tok, prompt, add_generation_prompt=True)[0])
         for answer in content["answers"]:
             message = {"role": "assistant", "content": answer}
             ids, mask = render_chat(tok, [*prompt, message])
@@ -233,11 +236,14 @@ def on_all_cores(chunks, workers, cfg, folder):
 
 def chunks_of(numbers, documents):
     """Yield (split, numbers of documents) for about CHUNK_BYTES of text at a time."""
-    sizes = np.diff(documents.ends, prepend=0)
+    ends = documents.ends
     for split in numbers:
-        chunk = sizes[numbers[split] % len(sizes)].cumsum() // CHUNK_BYTES
-        for part in np.split(numbers[split], np.flatnonzero(np.diff(chunk)) + 1):
-            yield split, part
+        for block in np.array_split(numbers[split], 1 + len(numbers[split]) // 100_000):
+            i = block % len(ends)
+            sizes = ends[i] - np.where(i > 0, ends[i - 1], 0)
+            borders = np.flatnonzero(np.diff(sizes.cumsum() // CHUNK_BYTES)) + 1
+            for part in np.split(block, borders):
+                yield split, part
 
 
 def write_tokens(numbers, cfg, folder):
@@ -299,6 +305,19 @@ def clear_leftovers(folder):
           f"{folder} exists and was not made by prepare.py, so it is not replaced: choose another name")
 
 
+def read_all(cfg, account, folder):
+    """First pass: write all documents into one file; return their numbers in order, {"train": …, "val": …}."""
+    table = write_documents(read_documents(cfg, account), folder, cfg.seed)
+    account.check(cfg, len(table))
+    # one text, such as a novel, is not to be learned or held out as a whole
+    is_single = len(table) <= account.counts["parts"] + 1 and not table["split"].any()
+    if is_single and cfg.kind == "text" and cfg.val_fraction:
+        return cut_in_two(folder, cfg.val_fraction)
+    numbers = divide(table, cfg.val_fraction)
+    account.add_order(numbers, len(table))
+    return numbers
+
+
 def build(cfg, folder):
     """Write all files of a data set into `folder`."""
     began = time.time()
@@ -307,22 +326,12 @@ def build(cfg, folder):
     if cfg.tokenizer:
         load_tokenizer(cfg.tokenizer).save(path)
 
-    # first pass: all documents in one file
-    table = write_documents(read_documents(cfg, account), folder, cfg.seed)
-    account.check(cfg, len(table))
-
-    # their order and splits
-    is_single = len(table) <= account.counts["parts"] + 1 and not table["split"].any()
-    if is_single and cfg.kind == "text" and cfg.val_fraction:
-        numbers = cut_in_two(folder, cfg.val_fraction)
-    else:
-        numbers = divide(table, cfg.val_fraction)
-        account.add_order(numbers, len(table))
-
-    # the vocabulary
+    # first pass: all documents in one file, in which order, and the vocabulary
+    numbers = read_all(cfg, account, folder)
     if not cfg.tokenizer:
         print("training the tokenizer", flush=True)
-        texts = map(Documents(folder).__getitem__, numbers["train"])
+        documents = Documents(folder)
+        texts = (documents[number] for number in numbers["train"])
         train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
 
     # second pass: tokens
@@ -333,11 +342,6 @@ def build(cfg, folder):
 
     # what there is to know about it
     tok = load_tokenizer(folder)
-    fields = ["documents", "tokens", "bytes", "characters"]
-    if "mask" in FILES[cfg.kind]:
-        fields.append("learned")
-    if "group" in FILES[cfg.kind]:
-        fields.append("groups")
     meta = {
         "name": cfg.name,
         "kind": cfg.kind,
@@ -347,7 +351,7 @@ def build(cfg, folder):
         "tokenizer": "tokenizer.model",
     }
     for split in totals:
-        meta[split] = {field: totals[split][field] for field in fields}
+        meta[split] = {name: totals[split][name] for name in COUNTS}
     meta.update(account.summary())
     meta["config"] = dataclasses.asdict(cfg)
     meta["seconds"] = round(time.time() - began, 1)

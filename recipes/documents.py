@@ -23,9 +23,9 @@ from recipes.records import Part, Skip, read_file, stem
 from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold
 
 ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # what is kept of a document in memory
-ANY = 0  # which split it asks for
-TRAIN = 1
+ANY = 0  # the split it asks for
 VAL = 2
+SPLITS = {None: ANY, "train": 1, "val": VAL}
 
 
 # ---------------------------------------------------------------------------- reading, and what becomes of every record
@@ -53,7 +53,7 @@ class Account:
               f"max_skipped={cfg.max_skipped}): {listed(skipped)}. The first are listed above. Is --kind={cfg.kind} right? "
               "--max_skipped=1 goes on without them")
         lost = self.counts["noticed", "bytes not read"]
-        size = sum(map(os.path.getsize, self.files))
+        size = sum(map(os.path.getsize, self.files)) or 1
         check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read ({lost / size:.1%}, more than "
               f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
         check(n_documents, f"nothing is left of {read:,} records. Dropped: {listed(self.reasons('dropped'))}")
@@ -101,41 +101,49 @@ def read_documents(cfg, account):
     fields = read_names(cfg, "fields", CHAT | TEXT | {"split"})
     repeat = dict(read_names(cfg, "repeat", {stem(path) for path in files}))
     is_divided = any(split_of(stem(path)) == "train" for path in files)  # into files like train-00.jsonl, test-00.jsonl
-    for path, where, record in read_records(files, cfg):
-        counts["read"] += 1
-        counts["parts"] += isinstance(record, Part)
-        try:
-            content, notes = convert(record, cfg.kind, fields)
-        except Skip as skip:
-            # count the reason, and show where to look for the first three of each
-            what = "dropped" if isinstance(skip, Drop) else "skipped"
-            counts[what, skip.reason] += 1
-            counts["noticed", "bytes not read"] += skip.lost
-            if what == "skipped" and counts[what, skip.reason] <= 3:
-                tqdm.write(f"skipped {where}: {skip}"[:300], file=sys.stderr)
-            continue
-        text = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
-        account.fields[path].add(notes, len(text))
-        for reason, n in notes.cut.items():
-            counts["cut", reason] += n
-        if cfg.kind == "text" and len(text) < cfg.min_length:
-            counts["dropped", "too short"] += 1
-            continue
-        split = notes.split or (split_of(stem(path)) if is_divided else None)
-        yield text.encode(), {"train": TRAIN, "val": VAL}.get(split, ANY), repeat.get(stem(path), 1)
-
-
-def read_records(files, cfg):
-    """Yield (path, where, record) of all files, under a progress bar that counts bytes of the files."""
-    with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="read", disable=None) as bar:
-        done = 0
+    size = sum(map(os.path.getsize, files))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
         for path in files:
-            with open(path, "rb") as raw:
-                for where, record in read_file(path, raw, cfg.txt_document):
-                    bar.update(max(0, done + raw.tell() - bar.n))
-                    for item in unfold(record, cfg.kind):
-                        yield path, where, item
-            done += os.path.getsize(path)
+            times = repeat.get(stem(path), 1)
+            split = split_of(stem(path)) if is_divided else None
+            for where, record in read_records(path, cfg, bar):
+                counts["read"] += 1
+                counts["parts"] += isinstance(record, Part)
+                try:
+                    content, notes = convert(record, cfg.kind, fields)
+                except Skip as skip:
+                    note_skip(skip, where, counts)
+                    continue
+                text = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
+                account.fields[path].add(notes, len(text))
+                for reason, n in notes.cut.items():
+                    counts["cut", reason] += n
+                if cfg.kind == "text" and len(text) < cfg.min_length:
+                    counts["dropped", "too short"] += 1
+                    continue
+                yield text.encode(), SPLITS[notes.split or split], times
+
+
+def read_records(path, cfg, bar):
+    """Yield (where, record) of a file, and move the progress bar by the bytes that were read of it."""
+    before = bar.n
+    with open(path, "rb") as raw:
+        for where, record in read_file(path, raw, cfg.txt_document):
+            bar.update(max(0, before + raw.tell() - bar.n))
+            for item in unfold(record, cfg.kind):
+                yield where, item
+    bar.update(before + os.path.getsize(path) - bar.n)
+
+
+def note_skip(skip, where, counts):
+    """Count the reason, and show where to look for the first three of each."""
+    if isinstance(skip, Drop):
+        counts["dropped", skip.reason] += 1
+        return
+    counts["skipped", skip.reason] += 1
+    counts["noticed", "bytes not read"] += skip.lost
+    if counts["skipped", skip.reason] <= 3:
+        tqdm.write(f"skipped {where}: {skip}"[:300], file=sys.stderr)
 
 
 def read_names(cfg, setting, known):

@@ -149,14 +149,13 @@ def open_text(raw):
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return io.TextIOWrapper(raw, "utf-16", errors="replace", newline="")
     encoding = "utf-8-sig"
-    zeros = head.count(0)
+    # a program, a picture or an archive is full of bytes that stand for nothing in a text; UTF-16 of zeros
+    strange = sum(head.count(byte) for byte in (*range(9), *range(14, 32)))
     if not decodes(head, "utf-8"):
-        guess = guess_encoding(head)
-        if zeros and not guess:
-            raise Skip("binary file", "it holds zero bytes")
-        encoding = guess or encoding
-    if zeros > len(head) // 10:
-        raise Skip("binary file", "it is full of zero bytes: UTF-16 is read if it begins with a byte order mark")
+        encoding = guess_encoding(head) or encoding
+        strange *= 10
+    if strange > len(head) // 3:
+        raise Skip("binary file", "it is full of bytes that no text has (UTF-16 must begin with its byte order mark)")
     return io.TextIOWrapper(raw, encoding, errors="surrogateescape", newline="")
 
 

@@ -37,12 +37,15 @@ def report(folder):
             if counts:
                 print(f"  fields {what} of {files}: {listed(counts)}")
     for split in ("train", "val"):
-        print(f"  {split}: " + ", ".join(f"{n:,} {field}" for field, n in meta[split].items()))
+        counts = dict(meta[split])
+        if meta["kind"] != "pairs":
+            del counts["groups"]  # every document is one
+        print(f"  {split}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items() if n or name == "documents"))
     if not meta["val"]["documents"]:
         print("  val is EMPTY: training on this folder cannot measure a validation loss")
     both = (meta["train"], meta["val"])
     characters = sum(split["characters"] for split in both)
-    tokens = sum(split.get("learned", split["tokens"]) for split in both)  # those that characters counts
+    tokens = sum(split["learned"] or split["tokens"] for split in both)  # those that characters counts
     megabytes = sum(split["bytes"] for split in both) / 1e6
     print(f"  {characters / max(tokens, 1):.2f} characters a token, {megabytes:.1f} MB in {meta['seconds']} s, "
           f"{megabytes / max(meta['seconds'], 0.1):.1f} MB/s, peak memory {meta['memory'] / 1e6:.0f} MB beside the workers'")

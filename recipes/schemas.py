@@ -137,8 +137,9 @@ def rename(record, fields):
 
 
 def is_empty(value):
-    """Whether there is nothing in a field. 0 and False are something: answers to sums may be 0."""
-    return value is None or value in ("", [], {})
+    """Whether there is nothing in a field. 0 and False are something: answers to sums may be 0. NaN, which is not equal
+    to itself, is what pandas writes for nothing."""
+    return value is None or value in ("", [], {}) or value != value
 
 
 def filled(record, names):
@@ -148,13 +149,19 @@ def filled(record, names):
 
 def first(record, names):
     """The first of these fields that is not empty, else None."""
-    return next((record[name] for name in filled(record, names)), None)
+    for name in names:
+        if not is_empty(record.get(name)):
+            return record[name]
+    return None
 
 
 def take(record, notes, *names):
     """first(), and it counts as used."""
-    notes.used.update(filled(record, names)[:1])
-    return first(record, names)
+    for name in names:
+        if not is_empty(record.get(name)):
+            notes.used.add(name)
+            return record[name]
+    return None
 
 
 def as_text(value, name, glue=""):
@@ -167,7 +174,7 @@ def as_text(value, name, glue=""):
         return str(value)
     if isinstance(value, list):
         return glue.join(as_text(part, name, glue) for part in value)
-    if isinstance(value, dict) and value.get("type", "text") == "text":
+    if isinstance(value, dict) and str(value.get("type", "text")).endswith("text"):
         for key in ("text", "value", "content"):
             if isinstance(value.get(key), str):
                 return value[key]
@@ -442,12 +449,15 @@ def read_answer(record, notes):
 
 
 def is_thumbs_down(record, notes):
-    """Whether a record says of its one answer that it is bad."""
+    """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone, other
+    records have classes of that name."""
+    bad = ("false", "0") if "completion" in record else ("false",)
+    good = ("true", "1") if "completion" in record else ("true",)
     for name in filled(record, THUMB):
         word = str(record[name]).lower()
-        if word in ("true", "false"):
+        if word in good + bad:
             notes.used.add(name)
-            return word == "false"
+            return word in bad
     return False
 
 

@@ -39,20 +39,21 @@ import sys
 import time
 
 
-def resident(pid):
-    """Bytes of memory of a process and all its descendants."""
+def memory(pid):
+    """Bytes of memory of a process and all its descendants; what several share counts once."""
     try:
-        with open(f"/proc/{pid}/statm") as f, open(f"/proc/{pid}/task/{pid}/children") as children:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children.read().split()))
-    except OSError:  # it has just ended
+        with open(f"/proc/{pid}/smaps_rollup") as f, open(f"/proc/{pid}/task/{pid}/children") as children:
+            pss = next(int(line.split()[1]) for line in f if line.startswith("Pss:"))
+            return pss * 1024 + sum(map(memory, children.read().split()))
+    except (OSError, StopIteration):  # it has just ended
         return 0
 
 
 start, peak = time.time(), 0
 program = subprocess.Popen([sys.executable, sys.argv[1], "big", "--input=corpus.jsonl", "--vocab_size=6400"])
 while program.poll() is None:
-    peak = max(peak, resident(program.pid))
-    time.sleep(0.05)
+    peak = max(peak, memory(program.pid))
+    time.sleep(0.1)
 seconds, megabytes = time.time() - start, os.path.getsize("corpus.jsonl") / 1e6
 print(f"{megabytes:.0f} MB in {seconds:.0f} s: {megabytes / seconds:.1f} MB/s, "
       f"peak memory of all processes {peak / 1e6:.0f} MB")

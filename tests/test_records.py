@@ -178,6 +178,17 @@ def test_damaged_files_are_reported_and_the_rest_kept(tok_file, capsys):
         assert message in err
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl.gz", "json.zst", "csv", "txt.xz"])
+def test_an_empty_file_is_no_reason_to_stop(tok_file, ending):
+    os.mkdir("in")
+    open(f"in/a.{ending}", "w").close()
+    with pytest.raises(SystemExit, match="no records|nothing is left|cannot be used"):
+        run(tok_file)
+    with open("in/b.txt", "w") as f:
+        f.write("\n\n".join(POEMS))
+    assert run(tok_file, max_skipped=0.2).all_texts() == sorted(POEMS)
+
+
 def test_json_goes_on_after_a_broken_record(tok_file):
     os.mkdir("in")
     with open("in/a.json", "w") as f:
@@ -525,6 +536,11 @@ CALLED = '<tool_call>\n{"name": "weather", "arguments": {"day": 1}}\n</tool_call
     ({"history": "[]", "question": "问", "answer": "答"}, ["u:问", "a:答"]),
     ({"history": '[["甲", "乙"]]', "question": "问", "answer": "答"}, ["u:甲", "a:乙", "u:问", "a:答"]),
     ({"prompt": "问", "completion": "答", "label": True}, ["u:问", "a:答"]),
+    ({"prompt": "问", "completion": "答", "label": 1}, ["u:问", "a:答"]),
+    ({"question": "问", "answer": "答", "label": 0}, ["u:问", "a:答"]),  # a class, as far as anybody knows
+    ({"instruction": "问", "input": float("nan"), "output": "答"}, ["u:问", "a:答"]),
+    ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "问"}]},
+                   {"role": "assistant", "content": [{"type": "output_text", "text": "答"}]}]}, ["u:问", "a:答"]),
     ({"prompt": [{"role": "user", "content": "问"}], "completion": [{"role": "assistant", "content": "答"}]}, ["u:问", "a:答"]),
     ({"messages": '[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]'}, ["u:问", "a:答"]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "value": "问"}]}, {"role": "assistant", "content": "答"}]},
@@ -628,7 +644,7 @@ def test_what_cannot_be_used_says_what_is_there_and_what_is_wanted(record, kind,
 
 def test_thumbs_down_is_dropped_and_counted(tok_file, capsys):
     os.mkdir("in")
-    write("in/a.jsonl", [{"prompt": f"问{i}", "completion": f"答{i}", "label": i % 4 != 0} for i in range(40)])
+    write("in/a.jsonl", [{"prompt": f"问{i}", "completion": f"答{i}", "label": [0, True, 1, "True"][i % 4]} for i in range(40)])
     folder = run(tok_file, kind="sft")
     assert folder.meta["dropped"] == {"thumbs down": 10} and folder.meta["kept"] == 30
     assert not {f"答{i}<|im_end|>" for i in range(0, 40, 4)} & set(folder.learned() + folder.learned("val"))
