@@ -19,5 +19,4 @@ min_lr = 6e-5
 warmup_steps = 500
 eval_every = 500
 
-
 sample_start = "床前明月光"

@@ -20,4 +20,3 @@ lr = 4e-4
 min_lr = 4e-5
 warmup_steps = 1000
 eval_every = 500
-

@@ -21,5 +21,3 @@ lr = 1e-3
 min_lr = 1e-4
 warmup_steps = 200
 eval_every = 500
-
-

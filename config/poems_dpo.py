@@ -6,10 +6,13 @@ data_dir = "data/poems-pairs"
 init_from = "out/poems-sft"
 out_dir = "out/poems-dpo"
 
-
 loss = "dpo"
 beta = 0.1
 nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
+
+ptx_dir = "data/poems-sft" # some rows of instruction tuning in every step, so that the chat is not forgotten
+ptx_coef = 0.1
+ptx_rows = 8
 
 batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 80

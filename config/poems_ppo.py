@@ -19,5 +19,9 @@ min_lr = 3e-5
 critic_lr = 3e-4
 warmup_steps = 5
 critic_warmup = 2
-eval_every = 16
 
+ptx_dir = "data/poems-sft" # some rows of instruction tuning in every update, so that the chat is not forgotten
+ptx_coef = 0.05
+ptx_rows = 8
+
+eval_every = 16

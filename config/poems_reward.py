@@ -14,5 +14,4 @@ warmup_steps = 20
 eval_every = 275
 eval_prompts = 600
 
-
 log_every = 10

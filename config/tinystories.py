@@ -20,5 +20,4 @@ min_lr = 1e-4
 warmup_steps = 300
 eval_every = 500
 
-
 sample_start = "从前"

@@ -14,7 +14,7 @@ prepare poems-famous  # already there, unless the line above was interrupted
 
 say "2. pretraining"
 python pretrain.py config/poems.py
-python sample.py --out_dir=out/poems --start="床前明月光" --temperature=0 --max_new_tokens=40
+python sample.py 床前明月光 --temperature=0 --max_new_tokens=40
 
 say "3. instruction tuning"
 prepare poems-sft
@@ -45,4 +45,5 @@ python dpo.py config/poems_dpo.py
 
 say "7. all of them side by side, on poems and idioms that none has seen"
 python evaluate.py poems
-say "done. Talk to it: .venv/bin/python sample.py --chat=True --out_dir=out/poems-ppo"
+python -m tools.plot quickstart
+say "done. Talk to it: .venv/bin/python sample.py --chat=True --out_dir=out/poems-ppo   (curves: out/quickstart.png)"

@@ -1,0 +1,28 @@
+# GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model and
+# no critic: eight answers to each title are compared with each other.
+#   python prepare.py poems-prompts
+#   python ppo.py config/poems_grpo.py
+data_dir = "data/poems-prompts"
+init_from = "out/poems-sft"
+out_dir = "out/poems-grpo"
+reward = "recipes/rewards.py:rhyming"
+
+advantage = "grpo"
+group_size = 8
+skip_flat_groups = True
+batch_size = 16            # titles a step, 128 answers
+max_new_tokens = 96
+max_steps = 60
+ppo_epochs = 1
+minibatches = 2
+kl_coef = 0.03
+no_eos_penalty = 0.5
+lr = 5e-4
+min_lr = 1e-5
+warmup_steps = 3
+
+ptx_dir = "data/poems-sft" # some rows of instruction tuning in every update, so that the chat is not forgotten
+ptx_coef = 0.02
+ptx_rows = 16
+
+eval_every = 20
