@@ -59,11 +59,13 @@ class Account:
         check(n_documents, f"nothing is left of {read:,} records. Dropped: {listed(self.reasons('dropped'))}")
         known = () if cfg.kind == "text" else CHAT
         for path, tally in self.fields.items():
+            used = ", ".join(sorted(tally.used))
             for name, characters in tally.ignored_characters.items():
-                is_fine = cfg.fields or name in known or characters <= tally.characters
-                check(is_fine, f"{path}: the field {name}, which would be ignored, holds more text than all that is used "
-                      f"({', '.join(tally.used)}). Say which fields to learn: --fields=text:{name} of a text, or "
-                      "--fields=question:…,answer:… of a chat")
+                hint = f"--fields=text:{name} learns it, --fields=text:{used.split(', ')[0]} leaves it out"
+                if cfg.kind != "text":
+                    hint = "--fields=question:…,answer:… says which fields to learn"
+                check(cfg.fields or name in known or characters <= tally.characters, f"{path}: the field {name}, which would "
+                      f"be ignored, holds more text than all that is used ({used}). {hint}")
 
     def add_order(self, numbers, n_documents):
         """Count the documents that divide() left out, or put in again."""

@@ -48,7 +48,7 @@ def report(folder):
     tokens = sum(split["learned"] or split["tokens"] for split in both)  # those that characters counts
     megabytes = sum(split["bytes"] for split in both) / 1e6
     print(f"  {characters / max(tokens, 1):.2f} characters a token, {megabytes:.1f} MB in {meta['seconds']} s, "
-          f"{megabytes / max(meta['seconds'], 0.1):.1f} MB/s, peak memory {meta['memory'] / 1e6:.0f} MB beside the workers'")
+          f"{megabytes / max(meta['seconds'], 0.1):.1f} MB/s, peak memory {meta['memory'] / 1e6:.0f} MB (main process)")
 
 
 def peak_memory():

@@ -198,7 +198,9 @@ def note_rest(item, known, notes, prefix=""):
     """Note the fields of a record that are ignored, or of a part of it."""
     for key, value in item.items():
         if key not in known and not is_empty(value):
-            notes.ignored[clean(prefix + key)] = len(value) if isinstance(value, str) else 0
+            # addresses, numbers and the like are no text: it has spaces, or characters beyond ASCII
+            is_prose = isinstance(value, str) and (" " in value or not value.isascii())
+            notes.ignored[clean(prefix + key)] = len(value) if is_prose else 0
 
 
 def brief(value):
@@ -242,6 +244,8 @@ def to_text(record, notes):
         is_article = not (is_empty(record.get("title")) and is_empty(record.get("sections")))
         parts = [take(record, notes, "content", *["summary"] * is_article)]
         for section in as_list(take(record, notes, "sections"), "sections"):
+            if not isinstance(section, dict):
+                raise Skip("wrong type", f"sections holds {brief(section)}, wanted objects with title and content")
             parts += [take(section, notes, "title"), take(section, notes, "content")]
             note_rest(section, ("title", "content"), notes, "sections.")
         if any(parts):
@@ -308,6 +312,7 @@ def read_turn(turn, name, notes, role=None):
     """Messages of a turn that is a dict, as a rule one."""
     speaker = turn.get("role") or turn.get("from") or role
     if speaker is None:
+        # {human: …, assistant: …}
         speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
         if speakers:
             note_rest(turn, speakers, notes, f"{name}.")
@@ -315,17 +320,20 @@ def read_turn(turn, name, notes, role=None):
     role = ROLES.get(str(speaker).lower())
     if role is None:
         raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
-    note_rest(turn, TURN, notes, f"{name}.")
     content = first(turn, CONTENT)
     if speaker == "function_call":
         content = call_tools(content)
-    elif role == "tool" and not isinstance(content, str):
+    elif role == "tool" and isinstance(content, dict):
         content = as_json(content)
     # what a model thinks, says and calls are one text to learn, in this order
     parts = [think(first(turn, REASONING)), as_text(content, name)]
     parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
     text = "\n".join(part for part in parts if part)
-    is_learned = all(turn.get(key) in (None, 1) for key in WEIGHT)
+    # there are answers to learn and answers to read, nothing between
+    weights = [key for key in WEIGHT if str(turn.get(key)).lower() in ("1", "1.0", "true", "0", "0.0", "false")]
+    is_learned = all(str(turn[key]).lower() in ("1", "1.0", "true") for key in weights)
+    used = {*SPEAKER, *CALLS, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
+    note_rest(turn, used, notes, f"{name}.")
     return [message(role, text, weight=int(is_learned))]
 
 
@@ -430,7 +438,7 @@ def read_question(record, notes):
 
 def read_answer(record, notes):
     """The answer to the question: the one field of ANSWER that is there."""
-    names = [name for name in ANSWER if not is_empty(record.get(name))]
+    names = filled(record, ANSWER)
     if not names:
         return []
     value = take(record, notes, *names)

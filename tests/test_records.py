@@ -576,7 +576,7 @@ def test_tool_calls_can_be_parsed_back():
     assert json.loads(call) == {"name": "weather", "arguments": {"day": 1}}
 
 
-@pytest.mark.parametrize("field", [{"weight": 0}, {"loss": False}, {"train": False}])
+@pytest.mark.parametrize("field", [{"weight": 0}, {"loss": False}, {"train": False}, {"weight": 0.0}, {"weight": "0"}])
 def test_answers_of_weight_zero_are_kept_but_not_learned(field):
     record = {"messages": [*messages("u:问"), {"role": "assistant", "content": "坏答", **field}, *messages("u:再来", "a:好答")]}
     got = convert(record, "sft")[0]
@@ -627,6 +627,7 @@ def test_one_instruction_with_many_instances(tok_file):
     ({"history": "甲", "question": "问", "answer": "答"}, "sft", None),
     ({"messages": [{"content": "问"}]}, "sft", "the fields are content; wanted one of user, human"),
     ({"text": {"a": 1}}, "text", "wanted text, got {'a': 1}"),
+    ({"title": "题", "sections": ["甲"]}, "text", "sections holds '甲', wanted objects with title and content"),
     (7, "text", "wanted an object with named fields, got 7"),
     (None, "sft", "wanted an object with named fields, got None"),
     ("诗", "sft", "the record is a text; wanted messages"),
@@ -655,12 +656,17 @@ def test_thumbs_down_is_dropped_and_counted(tok_file, capsys):
 def test_used_and_ignored_fields_are_counted():
     _, notes = convert({"instruction": "问", "input": "", "output": "答", "category": "qa", "score": 0, "tags": [],
                         "split": "dev"}, "sft")
-    assert notes.used == {"instruction", "output", "split"} and notes.ignored == {"category": 2, "score": 0}
+    assert notes.used == {"instruction", "output", "split"} and notes.ignored == {"category": 0, "score": 0}
     assert notes.split == "val"
     _, notes = convert({"messages": [{"role": "user", "content": "问", "emotion": "喜"}, *messages("a:答", "u:又问")],
                         "prompt": "问", "split": ["a"]}, "sft")
     assert notes.used == {"messages"} and notes.ignored == {"messages.emotion": 1, "prompt": 1, "split": 0}
     assert notes.cut == {"a question without an answer": 1}
+    turn = {"role": "assistant", "content": "答", "text": "别的", "weight": 0.5, "thinking": "想", "reasoning": "思"}
+    got, notes = convert({"messages": [*messages("u:问"), turn]}, "sft")
+    assert notes.ignored == {"messages.text": 2, "messages.weight": 0, "messages.thinking": 1} and "weight" not in got[1]
+    _, notes = convert({"text": "诗", "url": "http://a.b/c", "note": "a b"}, "text")
+    assert notes.ignored == {"url": 0, "note": 3}  # characters of text
     _, notes = convert({"messages": messages("u:甲", "a:乙", "u:丙", "a: ", "u:丁", "a:戊")}, "sft")
     assert notes.cut == {"turns from an empty one on": 1, "a question without an answer": 1}
 
@@ -690,7 +696,7 @@ def test_an_ignored_field_with_most_of_the_text_stops_the_run(tok_file):
     os.mkdir("in")
     write("in/a.jsonl", [{"text": p, "article": p * 20} for p in POEMS])
     with pytest.raises(SystemExit, match="in/a.jsonl: the field article, which would be ignored, holds more text.*"
-                                         "--fields=text:article"):
+                                         "--fields=text:article learns it, --fields=text:text leaves it out"):
         run(tok_file)
     assert run(tok_file, fields="text:article").all_texts() == sorted(p * 20 for p in POEMS)
     assert run(tok_file, fields="text:text").all_texts() == sorted(POEMS)
