@@ -24,6 +24,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("generate needs at least one prompt, and one token in each; start an empty one with EOS")
+    if temperature < 1e-5:
+        temperature = 0  # greedy: dividing by next to nothing would overflow
     longest = max(len(p) for p in prompts)
     room = model.config.max_seq_len
     if longest + max_new_tokens > room:
