@@ -104,7 +104,8 @@ def choose_device(name):
 def choose_dtype(name, device):
     """Return the dtype of products: "auto", "float32", "bfloat16" or "float16"."""
     if name != "auto":
-        check(name != "float16" or device.type == "cuda", "dtype=float16 is for GPUs; on a CPU use float32 or bfloat16")
+        check(name == "float32" or device.type == "cuda", f"dtype={name} is for GPUs; on a CPU there are float32, and auto, "
+              "which takes bfloat16 where it is measured to be faster")
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
