@@ -45,19 +45,30 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
-        self.hidden_dim = self.hidden_dim or math.ceil(8 * self.dim / 3 / 64) * 64
+        if not self.hidden_dim:
+            # SwiGLU has three matrices where a plain layer has two of width 4 dim: at 8/3 dim they cost as much
+            self.hidden_dim = 64 * math.ceil(8 * self.dim / 3 / 64)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
         if self.n_experts:
-            together = self.n_active_experts + self.n_shared_experts
-            self.expert_hidden_dim = self.expert_hidden_dim or math.ceil(self.hidden_dim / together / 8) * 8
+            if not self.expert_hidden_dim:
+                together = self.n_active_experts + self.n_shared_experts
+                self.expert_hidden_dim = 8 * math.ceil(self.hidden_dim / together / 8)
             if self.dim % 8 or self.expert_hidden_dim % 8:
                 raise ValueError(f"dim={self.dim} and expert_hidden_dim={self.expert_hidden_dim} must be multiples of 8 "
                                  "in a mixture of experts")
             if self.n_active_experts > self.n_experts:
                 raise ValueError(f"n_active_experts={self.n_active_experts} of only n_experts={self.n_experts}")
+
+
+def product_dtype(x):
+    """Return the dtype in which products with x are made: under autocast its own (bf16, fp16), else that of x."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 # ---------------------------------------------------------------------------- positions
@@ -66,41 +77,52 @@ class ModelConfig:
 def rope_table(config):
     """Return cos and sin of every position's angles, each (max_seq_len, D/2): position * theta^(-2i/D)
     (RoFormer, eq. 15)."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency)
+    # like the hands of a clock: pair 0 turns by 1 radian a token, later pairs slower, the last by about 1 / theta
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim       # (D/2)
+    frequency = config.rope_theta ** -exponent
+    angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency)       # (max_seq_len, D/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (layout of transformers)."""
+    # (x1, x2) is a point of the plane; the usual rotation matrix turns it and keeps its length
     x1, x2 = x.chunk(2, dim=-1)
-    turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    turned = torch.cat([
+        x1 * cos - x2 * sin,
+        x2 * cos + x1 * sin], dim=-1)
     return turned.to(x.dtype)
 
 
 def document_positions(docs):
     """Return each token's position inside its own document; docs (B, T) numbers the documents packed into a row."""
     index = torch.arange(docs.size(1), device=docs.device).expand_as(docs)
-    starts = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    # a document begins where the number changes, and at the head of the row
+    changes = docs[:, 1:] != docs[:, :-1]
+    begins = F.pad(changes, (1, 0), value=True)
+    # the latest beginning up to each token is that of its own document
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def positions_and_mask(ids, docs=None, cache=None):
     """Return where tokens stand, (B, T) or a slice, and which keys they see, (B, 1, T, keys).
     A mask of None is the plain causal one."""
     T = ids.size(1)
-    if cache is not None and cache.length:
-        # decoding: one new token a row sees all keys before it, except the padding on its left
-        positions = (cache.length - cache.pad).unsqueeze(1)                        # (B, 1)
-        keys = torch.arange(cache.length + 1, device=ids.device)
-        mask = (keys >= cache.pad[:, None])[:, None, None] if cache.ragged else None
-        return positions, mask
-    if cache is not None and cache.ragged:
-        # prompts of different lengths: padding is document 0, the prompt document 1
-        docs = (torch.arange(T, device=ids.device) >= cache.pad[:, None]).long()
+    if cache is not None:
+        if cache.length:
+            # decoding: one new token a row sees all keys before it, except the padding on its left
+            positions = (cache.length - cache.pad).unsqueeze(1)                    # (B, 1)
+            mask = None
+            if cache.ragged:
+                mask = cache.is_token(cache.length + 1)[:, None, None]             # (B, 1, 1, keys)
+            return positions, mask
+        if cache.ragged:
+            # prompts of different lengths: padding is document 0, the prompt document 1
+            docs = cache.is_token(T).long()
     if docs is None:
         return slice(0, T), None
-    same_document = docs[:, :, None] == docs[:, None, :]
+    # packed rows: a token sees what is of its own document (rows against columns) and not behind it (lower triangle)
+    same_document = docs[:, :, None] == docs[:, None, :]                           # (B, T, T)
     return document_positions(docs), same_document.tril().unsqueeze(1)
 
 
@@ -108,9 +130,13 @@ class KVCache:
     """Keys and values of every layer, allocated once and written in place. Rows are left-padded by `pad` (B) tokens."""
 
     def __init__(self, config, pad, max_len, dtype):
+        # a token's keys and values never change once they are computed: with them kept, a new token costs one column
         shape = (len(pad), config.n_kv_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
+        self.k = []
+        self.v = []
+        for _ in range(config.n_layers):
+            self.k.append(torch.zeros(shape, dtype=dtype, device=pad.device))
+            self.v.append(torch.zeros(shape, dtype=dtype, device=pad.device))
         self.pad = pad
         self.ragged = bool(pad.any())
         self.length = 0
@@ -118,9 +144,15 @@ class KVCache:
     def append(self, layer, k, v):
         """Write k, v (B, K, T, D) behind what is there and return all of it. The model moves `length` on."""
         end = self.length + k.size(2)
-        self.k[layer][:, :, self.length:end] = k
-        self.v[layer][:, :, self.length:end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        keys = self.k[layer][:, :, :end]
+        values = self.v[layer][:, :, :end]
+        keys[:, :, self.length:] = k
+        values[:, :, self.length:] = v
+        return keys, values
+
+    def is_token(self, length):
+        """Of the first `length` columns: True where a token stands, False in the padding on its left, (B, length)."""
+        return torch.arange(length, device=self.pad.device) >= self.pad[:, None]
 
     def select(self, rows):
         """Keep these rows (a tensor of their numbers, repeats allowed) and forget the others."""
@@ -146,43 +178,63 @@ def attend(q, k, v, mask):
         v = v.float()
     if T == 1:
         # decoding: the query heads that share a key head stand as its T queries, so that nothing is copied
-        y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
+        queries = q.view(B, K, H // K, D)
+        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
         return y.view(B, H, 1, D)
-    if q.is_cuda and K != H and (mask is not None or torch.cuda.get_device_capability(q.device) < (8, 0)):
-        # no fused kernel takes shared key heads here; without one, all T x S scores would lie in memory
-        k = k.repeat_interleave(H // K, dim=1)
-        v = v.repeat_interleave(H // K, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) != H)
+    grouped = K != H
+    if grouped and q.is_cuda:
+        # no fused kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel, all
+        # T x S scores would lie in memory. Copies of the keys are the smaller evil
+        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+        if mask is not None or not ampere:
+            k = k.repeat_interleave(H // K, dim=1)
+            v = v.repeat_interleave(H // K, dim=1)
+            grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, mask,
+        is_causal=mask is None,
+        enable_gqa=grouped)
 
 
 class Attention(nn.Module):
+    """The layer in which tokens look at each other: each asks (q), is found (k), and gives what it knows (v)."""
+
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.n_kv_heads
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.qkv_bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        H = config.n_heads
+        K = config.n_kv_heads
+        D = config.head_dim
+        # one product makes q, k and v of all heads; with grouped queries (K < H), H / K heads share one k and one v
+        self.n_heads = [H, K, K]
+        self.head_dim = D
+        self.qkv = nn.Linear(config.dim, (H + 2 * K) * D, config.qkv_bias)
+        self.out = nn.Linear(H * D, config.dim, bias=False)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = nn.RMSNorm(D, config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, config.norm_eps)
 
     def forward(self, x, cos, sin, mask=None, append=None):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim)                          # (B, T, H + 2K, D)
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        q, k, v = heads.split(self.n_heads, dim=2)
         if self.qk_norm:
+            # with q and k of fixed length, their products cannot grow until softmax sees one key alone
             q = self.q_norm(q.float())
             k = self.k_norm(k.float())
         # positions enter here: the product of a turned q and a turned k depends on their distance alone
-        q = rotate(q, cos, sin).to(v.dtype).transpose(1, 2)                        # (B, H, T, D)
-        k = rotate(k, cos, sin).to(v.dtype).transpose(1, 2)                        # (B, K, T, D)
+        q = rotate(q, cos, sin).to(v.dtype)
+        k = rotate(k, cos, sin).to(v.dtype)
+        # heads before time: each head is a batch of its own
+        q = q.transpose(1, 2)                                                      # (B, H, T, D)
+        k = k.transpose(1, 2)                                                      # (B, K, T, D)
         v = v.transpose(1, 2)
         if append is not None:
             k, v = append(k, v)  # behind the keys and values of the tokens before
         y = attend(q, k, v, mask)                                                  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        # the heads' answers side by side; `out` mixes them and writes into the residual stream
+        y = y.transpose(1, 2).reshape(B, T, -1)                                    # (B, T, H * D)
+        return self.out(y)
 
 
 class FeedForward(nn.Module):
@@ -194,7 +246,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        # each token by itself: what attention has gathered is looked up in the weights, where a model keeps its facts
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                # (..., hidden_dim) each
         return self.down(F.silu(gate) * up)
 
 
@@ -209,9 +262,13 @@ class MoE(nn.Module):
         self.k = config.n_active_experts
         self.scale = config.route_scale
         self.router = nn.Linear(config.dim, E, bias=False)
+        # all experts' matrices lie in one tensor; expert i is gate_up[i], down[i], a FeedForward of width W
         self.gate_up = nn.Parameter(torch.empty(E, config.dim, 2 * W))
         self.down = nn.Parameter(torch.empty(E, W, config.dim))
-        self.shared = FeedForward(config.dim, W * config.n_shared_experts) if config.n_shared_experts else None
+        # experts that every token passes are one wider FeedForward
+        self.shared = None
+        if config.n_shared_experts:
+            self.shared = FeedForward(config.dim, W * config.n_shared_experts)
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)  # tokens an expert got since the last update
 
@@ -221,32 +278,39 @@ class MoE(nn.Module):
         # route: k experts a token. In fp32, so that near-ties do not depend on how bf16 rounds
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.router.weight.float()).sigmoid()     # (N, E)
+        # the bias decides who is asked, not how much the answer weighs: no gradient goes through it
         chosen = (scores + self.bias).topk(self.k, dim=-1).indices                 # (N, k)
         weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
+        total = weights.sum(-1, keepdim=True) + 1e-20
+        weights = weights / total * self.scale
         # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block
         expert = chosen.view(-1)
         order = expert.argsort(stable=True)
-        count = (expert[:, None] == torch.arange(len(self.bias), device=x.device)).sum(0)
+        experts = torch.arange(len(self.bias), device=x.device)
+        count = (expert[:, None] == experts).sum(0)                                # (E)
         if self.training:
             self.load += count
         # one grouped product for all experts: block i of the rows times matrix i
         block_ends = count.cumsum(0).to(torch.int32)
-        on = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
+        dtype = product_dtype(x)
         rows = x[order // self.k].to(dtype)                                        # (N*k, C)
-        gate, up = grouped_product(rows, self.gate_up.to(dtype), block_ends).chunk(2, dim=-1)
+        both = grouped_product(rows, self.gate_up.to(dtype), block_ends)           # (N*k, 2W)
+        gate, up = both.chunk(2, dim=-1)
         y = grouped_product(F.silu(gate) * up, self.down.to(dtype), block_ends)    # (N*k, C)
         # back in the order of the tokens, and each token's k answers added up
         y = y[order.argsort()].view(-1, self.k, shape[-1])                         # (N, k, C)
-        y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)                         # (N, C)
         if self.shared is not None:
             y = y + self.shared(x)
         return y.view(shape)
 
 
 @torch.library.custom_op("mingyue::grouped_product", mutates_args=())
-def grouped_product(x: torch.Tensor, weights: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
+def grouped_product(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    block_ends: torch.Tensor
+) -> torch.Tensor:
     """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i].
 
     F.grouped_mm as an operation of our own: torch.compile refuses it for fp32 and fp16, though it computes them well.
@@ -255,11 +319,16 @@ def grouped_product(x: torch.Tensor, weights: torch.Tensor, block_ends: torch.Te
 
 
 @torch.library.custom_op("mingyue::grouped_outer", mutates_args=())
-def grouped_outer(x: torch.Tensor, grad: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
+def grouped_outer(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    block_ends: torch.Tensor
+) -> torch.Tensor:
     """x (N, C), grad (N, W) -> (E, C, W): the gradient of each block's matrix, x.T grad over the rows of the block."""
     return F.grouped_mm(x.T, grad, offs=block_ends)
 
 
+# What the compiler must know of an operation that it cannot look into: the shape of the result, and the gradient.
 @grouped_product.register_fake
 def _(x, weights, block_ends):
     return x.new_empty(x.size(0), weights.size(2))
@@ -275,6 +344,7 @@ def save_for_grouped_backward(ctx, inputs, output):
 
 
 def grouped_backward(ctx, grad):
+    # y = x W in each block, hence dx = dy W' and dW = x' dy
     x, weights, block_ends = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grouped_product(grad, weights.transpose(1, 2), block_ends)
@@ -286,15 +356,20 @@ grouped_product.register_autograd(grouped_backward, setup_context=save_for_group
 
 
 class Block(nn.Module):
+    """One layer: attention, then feed-forward; each reads a normed copy of the stream and adds what it found to it."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        sparse = config.n_experts and layer >= config.first_dense
-        self.ffn = MoE(config) if sparse else FeedForward(config.dim, config.hidden_dim)
+        if config.n_experts and layer >= config.first_dense:
+            self.ffn = MoE(config)
+        else:
+            self.ffn = FeedForward(config.dim, config.hidden_dim)
 
     def forward(self, x, cos, sin, mask=None, append=None):
+        # the plain "x +" leaves gradients a straight way down to the first layer, however deep the model is
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, append)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -308,17 +383,23 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # buffers follow the model to its device; these two are not saved, as they can be computed again
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
-            # gains stay 1; products that write into the residual stream start smaller (GPT-2, sec. 2.3)
-            residual = "attn.out" in name or "down" in name
-            std = 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
+            # gains stay 1; products that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is
+            # the sum of 2 n_layers of them
+            std = 0.02
+            if "attn.out" in name or "down" in name:
+                std /= math.sqrt(2 * config.n_layers)
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
@@ -333,14 +414,17 @@ class Transformer(nn.Module):
         """
         T = ids.size(1)
         assert cache is None or not cache.length or T == 1, f"a filled cache takes one token at a time, got {T}"
+        # the same for all layers: where the tokens stand, and which of them each may see
         positions, mask = positions_and_mask(ids, docs, cache)
         cos = self.cos[positions].unsqueeze(-2)                                    # ([B,] T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
+        # the residual stream: C numbers a token, to which every layer adds what it finds
         x = self.embed(ids)                                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 # not block(...): blocks compiled for training would be compiled anew for each new length
-                x = block.forward(x, cos, sin, mask, functools.partial(cache.append, layer))
+                append = functools.partial(cache.append, layer)
+                x = block.forward(x, cos, sin, mask, append)
             elif self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
@@ -363,24 +447,31 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, MoE):
                 if all_reduce:
-                    all_reduce(module.load)
-                module.bias += rate * (module.load.mean() - module.load).sign()
+                    all_reduce(module.load)  # the tokens of all processes
+                missing = module.load.mean() - module.load                         # (E)
+                module.bias += rate * missing.sign()
                 module.load.zero_()
 
     def count(self):
         """Return (all parameters, parameters that multiply a token): without the input embedding and idle experts."""
         total = sum(p.numel() for p in self.parameters())
-        active = total - (0 if self.lm_head is None else self.embed.weight.numel())
+        active = total
+        if self.lm_head is not None:
+            # an embedding is looked up; only where it is the head as well does it multiply
+            active -= self.embed.weight.numel()
         for module in self.modules():
             if isinstance(module, MoE):
+                # a token asks k of its E experts
                 routed = module.gate_up.numel() + module.down.numel()
                 active -= routed - routed * module.k // len(module.bias)
         return total, active
 
     def flops_per_token(self, T):
         """Training FLOPs a token: 6 a parameter, and causal attention's two products over T/2 keys on average."""
+        # a parameter costs a multiplication and an addition forward, and twice as much backward (PaLM, appendix B)
         c = self.config
-        return 6 * self.count()[1] + 6 * c.n_layers * c.n_heads * c.head_dim * T
+        attention = c.n_layers * c.n_heads * c.head_dim * T
+        return 6 * (self.count()[1] + attention)
 
 
 class ScalarModel(nn.Module):
@@ -392,11 +483,13 @@ class ScalarModel(nn.Module):
         self.trunk = Transformer(config)
         self.trunk.lm_head = None
         self.head = nn.Linear(config.dim, 1)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))  # Stiennon et al. 2020, appendix B.1
+        # Stiennon et al. 2020, appendix B.1
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, docs=None):
         """ids (B, T) -> (B, T) in fp32."""
-        x = self.trunk(ids, docs)
+        # attention is causal: the number at a token speaks of the text up to it, at the last one of the whole text
+        x = self.trunk(ids, docs)                                                  # (B, T, C)
         with torch.autocast(x.device.type, enabled=False):  # a score in bf16 has but eight bits
             return self.head(x.float()).squeeze(-1)
