@@ -5,17 +5,17 @@ Raw files, or a named recipe, to a folder of tokens that the stages open with me
     python prepare.py my_data --input=corpus/                          # pretraining text, trains a tokenizer
     python prepare.py my_sft --input=chat.jsonl --kind=sft --tokenizer=data/my_data
     python prepare.py my_sft --show=5                                  # look at a folder: learned tokens are green
-    python prepare.py stories --input=data00.json --fields=text:story  # which field is which, where the names are unknown
+    python prepare.py stories --input=data00.json --fields=text:story  # say which field is which
 
-in:  .txt .jsonl .json .csv .parquet, plain or compressed (recipes/records.py); every record's schema is told by the names
-     of its fields (recipes/schemas.py)
+in:  .txt .jsonl .json .csv .parquet, plain or compressed (recipes/records.py); every record's schema is told by the
+     names of its fields (recipes/schemas.py)
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
-Two passes. The first reads and cleans all documents into one temporary file (recipes/documents.py), and keeps 18 bytes of
-each in memory: its hash (BLAKE2 with the seed as its key), where it ends, what it asks for. In the order of the hashes
-documents are shuffled, copies stand side by side, and the end is the validation split. The second pass tokenizes them in
-that order on all cores. So memory does not grow with the text, and neither the order of the files nor the number of workers
-changes the result.
+Two passes. The first reads and cleans all documents into one temporary file (recipes/documents.py), and keeps 18 bytes
+of each in memory: its hash (BLAKE2 with the seed as its key), where it ends, what it asks for. In the order of the
+hashes documents are shuffled, copies stand side by side, and the end is the validation split. The second pass tokenizes
+them in that order on all cores. So memory does not grow with the text, and neither the order of the files nor the
+number of workers changes the result.
 """
 import array
 import collections
@@ -267,9 +267,9 @@ def write_tokens(numbers, cfg, folder):
                 f.write(out[name].tobytes())
         total.update(counts)
         unknown = total["noticed", "unknown tokens"]
-        check(unknown <= cfg.max_skipped * total["tokens"], f"{unknown:,} of {total['tokens']:,} tokens stand for characters "
-              f"that --tokenizer={cfg.tokenizer} does not know, and it has no bytes to spell them in. Use another one, or "
-              "none: then one is trained. --max_skipped=1 goes on")
+        check(unknown <= cfg.max_skipped * total["tokens"], f"{unknown:,} of {total['tokens']:,} tokens stand for "
+              f"characters that --tokenizer={cfg.tokenizer} does not know, and it has no bytes to spell them in. Use "
+              "another one, or none: then one is trained. --max_skipped=1 goes on")
     return totals
 
 
@@ -278,8 +278,8 @@ def write_tokens(numbers, cfg, folder):
 
 def prepare(cfg):
     """Write data/<name>: built beside it as data/<name>.tmp, renamed when whole. Returns the folder."""
-    check(re.fullmatch(r"[\w.-]*\w", cfg.name), f"the name {cfg.name!r} cannot be that of a folder in {DATA}/: use letters, "
-          "digits, - and _")
+    check(re.fullmatch(r"[\w.-]*\w", cfg.name), f"the name {cfg.name!r} cannot be that of a folder in {DATA}/: use "
+          "letters, digits, - and _")
     check(cfg.kind == "text" or cfg.tokenizer, f"--kind={cfg.kind} needs the tokenizer of the model it is for: "
           f"--tokenizer={DATA}/<its data>")
     folder = os.path.join(DATA, cfg.name)
@@ -308,7 +308,7 @@ def clear_leftovers(folder):
 def read_all(cfg, account, folder):
     """First pass: write all documents into one file; return their numbers in order, {"train": …, "val": …}."""
     table = write_documents(read_documents(cfg, account), folder, cfg.seed)
-    account.check(cfg, len(table))
+    account.verify(cfg, len(table))
     # one text, such as a novel, is not to be learned or held out as a whole
     is_single = len(table) <= account.counts["parts"] + 1 and not table["split"].any()
     if is_single and cfg.kind == "text" and cfg.val_fraction:

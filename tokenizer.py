@@ -3,8 +3,8 @@ Text to token ids and back: train a vocabulary, load an existing one, lay out a 
 
     python tokenizer.py data/poems "床前明月光"        # print the pieces and their ids
 
-in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3, GLM-4, cl100k), told apart
-     by content
+in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3, GLM-4, cl100k), told
+     apart by content
 out: token ids. Every vocabulary has the four SPECIAL_TOKENS; encode() never yields one, whatever a text says
 
 How a vocabulary is learned from text, byte pair by byte pair: recipes/bpe.py.
@@ -120,8 +120,8 @@ def is_learned(message):
 def render_chat(tok, messages, add_generation_prompt=False):
     """ChatML: `<|im_start|>role\\n…<|im_end|>\\n` a message, [{"role": …, "content": …}] in, (ids, mask) out.
 
-    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0; and
-    0 on a message with "weight": 0.
+    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0;
+    and 0 on a message with "weight": 0.
     Header and words are encoded apart, so a prompt made with add_generation_prompt is a prefix of the row to train on.
     """
     newline = tok.encode("\n")
@@ -260,8 +260,8 @@ def _load_tiktoken(data, path):
     if pattern is None:
         several = [piece for piece in pieces if re.fullmatch(rb" ?\d\d+", piece)]
         if several:
-            raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells how "
-                             f"this vocabulary cuts text. Known are {FAMILIES}")
+            raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells"
+                             f" how this vocabulary cuts text. Known are {FAMILIES}")
         pattern = QWEN_PATTERN
     specials = {}
     if len(pieces) == LLAMA3_RANKS:

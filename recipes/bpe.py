@@ -3,17 +3,17 @@ Byte pair encoding, written to be read: how a vocabulary is learned from text, a
 
     python -m recipes.bpe README_zh.md "床前明月光，疑是地上霜。"     # learn 400 tokens, print them and the text cut up
 
-A vocabulary begins as the 256 bytes, so any text can be spelled. Then, again and again, the two neighbours that stand side
-by side most often become one new token (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). A Chinese character is
-three bytes in UTF-8, so first the frequent characters come into being, then the frequent words. To encode, the same joins
-are made in the order in which they were learned. tokenizer.py leaves all of this to sentencepiece, which is a thousand
-times faster and learns from characters instead of bytes: those that did not get a token are spelled in bytes.
+A vocabulary begins as the 256 bytes, so any text can be spelled. Then, again and again, the two neighbours that stand
+side by side most often become one new token (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). A Chinese
+character is three bytes in UTF-8, so first the frequent characters come into being, then the frequent words. To encode,
+the same joins are made in the order in which they were learned. tokenizer.py leaves all of this to sentencepiece, which
+is a thousand times faster and learns from characters instead of bytes: those that get no token are spelled in bytes.
 """
 import collections
 import re
 import sys
 
-# Tokens never reach from one word into the next: letters, a digit, punctuation, or spaces, the first three with one space.
+# Tokens never reach from one word into the next: letters, a digit or punctuation, with one space before it, or spaces.
 WORD = re.compile(r" ?[^\W\d]+| ?\d| ?[^\w\s]+|\s+")
 
 

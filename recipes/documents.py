@@ -3,11 +3,11 @@ Files to documents: every record is read, converted, cleaned and accounted for, 
 
     account = Account(find_files("corpus/"))
     table = write_documents(read_documents(cfg, account), folder, seed)     # one row a document: 18 bytes
-    account.check(cfg, len(table))                                          # stops where much would be lost
+    account.verify(cfg, len(table))                                         # stops where much would be lost
     Documents(folder)[7]                                                    # the text of document 7
 
-A record is kept, or dropped by a rule (too short, a duplicate), or skipped because it cannot be used: these three add up to
-the records read. Of every file the account tells which fields were used, and which were ignored.
+A record is kept, or dropped by a rule (too short, a duplicate), or skipped because it cannot be used: these three add
+up to the records read. Of every file the account tells which fields were used, and which were ignored.
 """
 import collections
 import hashlib
@@ -22,7 +22,7 @@ from configurator import check
 from recipes.records import Part, Skip, read_file, stem
 from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold
 
-ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # what is kept of a document in memory
+ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # of a document, kept in memory
 ANY = 0  # the split it asks for
 VAL = 2
 SPLITS = {None: ANY, "train": 1, "val": VAL}
@@ -43,19 +43,20 @@ class Account:
     def reasons(self, what):
         return {key[1]: n for key, n in self.counts.most_common() if key[0] == what and n}
 
-    def check(self, cfg, n_documents):
+    def verify(self, cfg, n_documents):
         """Stop where too many records, too much of the files, or a field that holds most of the text would be lost."""
         read = self.counts["read"]
         check(read, f"--input={cfg.input} holds no records: its files are empty")
         skipped = self.reasons("skipped")
         n = sum(skipped.values())
         check(n <= cfg.max_skipped * read, f"{n:,} of {read:,} records cannot be used ({n / read:.1%}, more than "
-              f"max_skipped={cfg.max_skipped}): {listed(skipped)}. The first are listed above. Is --kind={cfg.kind} right? "
-              "--max_skipped=1 goes on without them")
+              f"max_skipped={cfg.max_skipped}): {listed(skipped)}. The first are listed above. Is --kind={cfg.kind} "
+              "right? --max_skipped=1 goes on without them")
         lost = self.counts["noticed", "bytes not read"]
         size = sum(map(os.path.getsize, self.files)) or 1
-        check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read ({lost / size:.1%}, more than "
-              f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
+        check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read ({lost / size:.1%}, more "
+              f"than max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on "
+              "without them")
         check(n_documents, f"nothing is left of {read:,} records. Dropped: {listed(self.reasons('dropped'))}")
         known = () if cfg.kind == "text" else CHAT
         for path, tally in self.fields.items():
@@ -64,8 +65,9 @@ class Account:
                 hint = f"--fields=text:{name} learns it, --fields=text:{used.split(', ')[0]} leaves it out"
                 if cfg.kind != "text":
                     hint = "--fields=question:…,answer:… says which fields to learn"
-                check(cfg.fields or name in known or characters <= tally.characters, f"{path}: the field {name}, which would "
-                      f"be ignored, holds more text than all that is used ({used}). {hint}")
+                is_fine = cfg.fields or name in known or characters <= tally.characters
+                check(is_fine, f"{path}: the field {name}, which would be ignored, holds more text than all that is "
+                      f"used ({used}). {hint}")
 
     def add_order(self, numbers, n_documents):
         """Count the documents that divide() left out, or put in again."""
@@ -79,8 +81,8 @@ class Account:
         for counts in totals.values():
             self.counts.update(counts)
         check(totals["train"]["documents"], f"nothing to train on: of {self.counts['read']} records "
-              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out). Dropped: "
-              f"{listed(self.reasons('dropped')) or 'none'}")
+              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out). "
+              f"Dropped: {listed(self.reasons('dropped')) or 'none'}")
 
     def summary(self):
         """For meta.json."""
@@ -181,7 +183,7 @@ def write_documents(documents, folder, seed):
 
 
 class Documents:
-    """What write_documents() wrote: documents[i] is the text of document i. Numbers from len(documents) on are copies."""
+    """What write_documents() wrote: documents[i] is the text of document i, from len(documents) on of copies."""
 
     def __init__(self, folder):
         self.file = open(os.path.join(folder, "documents"), "rb")

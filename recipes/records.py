@@ -5,9 +5,9 @@ Raw files to records: every file format and encoding there is.
         for where, record in read_file(path, raw):
             …                                          # a dict, a list, a text; or a Skip, where nothing can be read
 
-.txt .jsonl .json .csv .parquet, plain or as .gz .bz2 .xz .zst; in UTF-8, UTF-16, GB18030, Big5, Shift-JIS or EUC-JP, even
-if the encoding changes within a file. A damaged file gives all records before the damage, and a broken record costs no
-other one. What the fields of a record mean is told by recipes/schemas.py.
+.txt .jsonl .json .csv .parquet, plain or as .gz .bz2 .xz .zst; in UTF-8, UTF-16, GB18030, Big5, Shift-JIS or EUC-JP,
+even if the encoding changes within a file. A damaged file gives all records before the damage, and a broken record
+costs no other one. What the fields of a record mean is told by recipes/schemas.py.
 """
 import bz2
 import codecs
@@ -50,8 +50,8 @@ def find_files(path):
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if extension(file) in READERS)
     endings = sorted({os.path.splitext(file)[1] or "none" for file in found})
-    check(files, f"--input={path} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)}; "
-          f"found {len(found)} files with endings: {' '.join(endings) or '-'}")
+    check(files, f"--input={path} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
+          f" found {len(found)} files with endings: {' '.join(endings) or '-'}")
     return files
 
 
@@ -87,8 +87,8 @@ def read_file(path, raw, txt_document="blank"):
         e.lost = size
         yield path, e
     except Exception as e:
-        # Whatever a damaged file makes its reader raise: what came before is kept, what comes after is lost. A file that
-        # is cut off has been read to its end, and nobody knows how much is missing: that counts as half of it.
+        # Whatever a damaged file makes its reader raise: what came before is kept, what comes after is lost. A file
+        # that is cut off has been read to its end, and nobody knows how much is missing: that counts as half of it.
         position = raw.tell() if found else 0
         lost = size - position or size // 2
         where = f"{lost:,} of {size:,} bytes not read"
@@ -142,8 +142,8 @@ COMMON |= {chr(i) for i in range(0x3041, 0x30fd)}  # Japanese syllables
 
 
 def open_text(raw):
-    """Text of a byte stream, its encoding told by how it begins. Bytes that do not fit into that come as surrogates, for
-    repair() to look at line by line."""
+    """Text of a byte stream, its encoding told by how it begins. Bytes that do not fit into that come as surrogates,
+    for repair() to look at line by line."""
     raw = io.BufferedReader(raw, 1 << 16)
     head = raw.peek()
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -203,8 +203,8 @@ def has_surrogates(text):
 def repair(line, encoding):
     """A line as its own bytes say: files glued from several sources change their encoding midway.
 
-    Text in an East Asian encoding is almost never valid UTF-8; where it may be, in lines of a few characters, the file's
-    encoding decides.
+    Text in an East Asian encoding is almost never valid UTF-8; where it may be, in lines of a few characters, the
+    file's encoding decides.
     """
     fits = not has_surrogates(line)
     if fits and (encoding not in EAST_ASIAN or len(line) <= 4):

@@ -19,8 +19,8 @@ def report(folder):
     print(f"{folder}: {meta['kind']}, vocabulary {meta['vocab_size']:,}, {meta['dtype']}")
     dropped = sum(meta["dropped"].values())
     skipped = sum(meta["skipped"].values())
-    print(f"  read {meta['read']:,} records of {len(meta['sources']):,} files = {meta['kept']:,} kept + {dropped:,} dropped + "
-          f"{skipped:,} skipped")
+    print(f"  read {meta['read']:,} records of {len(meta['sources']):,} files = {meta['kept']:,} kept + {dropped:,} "
+          f"dropped + {skipped:,} skipped")
     for what in ("dropped", "skipped", "cut", "noticed"):
         if meta[what]:
             print(f"  {what}: {listed(meta[what])}")

@@ -256,7 +256,8 @@ def to_text(record, notes):
         if {"text", "content"} & set(record):
             raise Skip("empty", f"{brief(record)}")
         longest = max(record, key=lambda name: len(record[name]) if isinstance(record[name], str) else 0, default="…")
-        raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns {longest}")
+        raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns "
+                   f"{longest}")
     for part in parts:
         if not (part is None or isinstance(part, (str, list))):
             raise Skip("wrong type", f"wanted text, got {brief(part)}")
@@ -292,8 +293,8 @@ def said(text, role):
 def read_turns(value, name, notes, role=None):
     """Messages of a field that holds turns: a list, a single turn, a transcript, or JSON text of these.
 
-    A turn is {role|from, content|value|text}; {human: …, assistant: …}; a pair [question, answer]; or a text: texts in a
-    list are said in turns, the user begins. role: who says what does not tell.
+    A turn is {role|from, content|value|text}; {human: …, assistant: …}; a pair [question, answer]; or a text: texts in
+    a list are said in turns, the user begins. role: who says what does not tell.
     """
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
         return said(value, role or "user")
@@ -379,7 +380,8 @@ def call_tools(calls):
 def list_tools(tools):
     """The tools a model may call, as text for the system message: one JSON a line."""
     tools = from_json(tools)
-    lines = [tool if isinstance(tool, str) else as_json(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    tools = tools if isinstance(tools, list) else [tools]
+    lines = [tool if isinstance(tool, str) else as_json(tool) for tool in tools]
     return "\n".join(["<tools>", *lines, "</tools>"])
 
 
@@ -457,8 +459,8 @@ def read_answer(record, notes):
 
 
 def is_thumbs_down(record, notes):
-    """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone, other
-    records have classes of that name."""
+    """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone;
+    other records have classes of that name."""
     bad = ("false", "0") if "completion" in record else ("false",)
     good = ("true", "1") if "completion" in record else ("true",)
     for name in filled(record, THUMB):
@@ -494,8 +496,8 @@ def to_conversation(record, notes):
     is_known = names & {"data", *TURNS} or names & set(QUESTION) and names & set(ANSWER)
     if messages and is_known:
         raise Skip("empty", "no question with an answer")
-    raise Skip("no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and an "
-               f"answer ({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
+    raise Skip("no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and "
+               f"an answer ({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
 
 
 def to_question(record, notes):
@@ -535,8 +537,8 @@ def read_ranks(record, notes):
     if isinstance(answers, list) and len(answers) > 1:
         return answers, list(range(len(answers)))
     hint = "; thumbs up or down of one answer: --kind=sft learns the good ones" if filled(record, THUMB) else ""
-    raise Skip("no ranked answers", f"{there(record)}; wanted chosen and rejected, responses and ranks, or a list of answers"
-               f"{hint}. --fields=chosen:…,rejected:… says which is which")
+    raise Skip("no ranked answers", f"{there(record)}; wanted chosen and rejected, responses and ranks, or a list of "
+               f"answers{hint}. --fields=chosen:…,rejected:… says which is which")
 
 
 def to_ranking(record, notes):
@@ -582,7 +584,7 @@ CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "pro
 
 
 def unfold(record, kind):
-    """The records that are kept in one: a list of documents (WuDao), or {instruction, instances: [{input, output}, …]}."""
+    """The records that are kept in one: a list of documents (WuDao), or {instruction, instances: [{input, output}]}."""
     if kind == "text" and isinstance(record, list):
         yield from record
     elif isinstance(record, dict) and isinstance(record.get("instances"), list):

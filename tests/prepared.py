@@ -1,4 +1,4 @@
-"""What the tests of prepare.py share: a few poems, a small tokenizer, and what a prepared folder holds. Not a test file."""
+"""What the tests of prepare.py share: a few poems, a small tokenizer, what a prepared folder holds. Not a test file."""
 import json
 import os
 

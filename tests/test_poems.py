@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from conftest import ROOT
-from recipes import poems
+from recipes import poems, smalltalk
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
 REAL = os.path.join(ROOT, "data", "raw")
@@ -150,7 +150,8 @@ def small_archives(raw_dir, monkeypatch):
     talk = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
     call = [{"from": "human", "value": "问"}, {"from": "function_call", "value": "{}"}]
     demos = {"alpaca_zh_demo": [{"instruction": "改写", "input": "甲", "output": "乙"}],
-             "identity": [{"instruction": "你是谁？", "input": "", "output": "我是 {{name}}，由 {{author}} 开发。"},
+             "identity": [{"instruction": "谁开发了你？", "input": "", "output": "我是 {{name}}，由 {{author}} 开发。"},
+                          {"instruction": "你是谁？", "input": "", "output": "我是 {{name}}"},
                           {"instruction": "hi", "input": "", "output": "I am {{name}}"}],
              "glaive_toolcall_zh_demo": [{"conversations": talk}, {"conversations": call}],
              "dpo_zh_demo": [{"conversations": talk[:1], "chosen": talk[1], "rejected": {"value": "差"}}]}
@@ -211,7 +212,8 @@ def test_other_recipes(raw):
     sft = read(poems.RECIPES["poems-sft"].write(str(raw), {}))
     talks = {tuple(m["content"] for m in r["messages"]) for r in sft}
     assert ("背诵《静夜思》", QUIET_NIGHT) in talks and ("改写\n甲", "乙") in talks and ("问", "答") in talks
-    assert ("请问，你是谁？", "我是明月，由mingyue开发。") in talks and ("你好", "嗨，你好") in talks
+    assert ("谁开发了你？", "我是明月，由mingyue开发。") in talks and ("你好", "嗨，你好") in talks
+    assert not {t[0] for t in talks} & set(smalltalk.HELD_OUT)  # these ways to ask who it is are kept for measuring
     assert not any("政府" in t[0] or t[0] == "hi" for t in talks)
     assert all([m["role"] for m in r["messages"]] == ["user", "assistant"] * (len(r["messages"]) // 2) for r in sft)
     held = {p["title"]: p for p in poems.load_heldout(str(raw))[0]}

@@ -366,8 +366,9 @@ def test_killed_between_the_two_renames(tok_file):
     assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
 
 
-@pytest.mark.parametrize("argument,said", [("--kind=chat", "text, sft, pairs, prompts"), ("--txt_document=page", "blank, line, file"),
-                                           ("--val_fraction=2", "0 to 1"), ("--workers=-1", "0 or more"), ("--vocab_size=0", "1 or more")])
+@pytest.mark.parametrize("argument,said", [
+    ("--kind=chat", "text, sft, pairs, prompts"), ("--txt_document=page", "blank, line, file"),
+    ("--val_fraction=2", "0 to 1"), ("--workers=-1", "0 or more"), ("--vocab_size=0", "1 or more")])
 def test_settings_have_a_range(argument, said):
     with pytest.raises(SystemExit, match=said):
         load_config(Config, ["x", argument], positional="name")
@@ -440,7 +441,8 @@ def test_repeated_documents(tok_file):
         assert n == (4 if "谈" in text else 2 if number % 2 else 1), text
     again = sum(times.values()) - len(times)
     assert folder.meta["noticed"] == {"repeated documents": again}
-    assert folder.meta["kept"] == plain.meta["kept"] and folder.meta["dropped"] == plain.meta["dropped"] == {"duplicate": 20}
+    assert folder.meta["kept"] == plain.meta["kept"]
+    assert folder.meta["dropped"] == plain.meta["dropped"] == {"duplicate": 20}
     # the copies are spread: few stand side by side, and the order of the others is the same
     order = [folder.tok.decode(ids) for ids in folder.rows()]
     assert sum(a == b for a, b in zip(order, order[1:])) < again / 3
@@ -493,7 +495,7 @@ def test_unknown_characters_stop_the_run_or_are_counted(capsys):
     tok_file = no_byte_fallback("plain.model")
     corpus(40)
     write("in/rare.jsonl", [{"text": f"我爱你，龘靐齉爩{p}"} for p in POEMS])
-    with pytest.raises(SystemExit, match=r"of [\d,]+ tokens stand for characters that --tokenizer=plain.model does not know"):
+    with pytest.raises(SystemExit, match=r"tokens stand for characters that --tokenizer=plain.model does not know"):
         run(tok_file)
     folder = run(tok_file, max_skipped=1.0)
     unknown = sum(ids.count(folder.tok.unk_id) for split in ("train", "val") for ids in folder.rows(split))
@@ -531,7 +533,8 @@ def test_memory_does_not_grow_with_the_text(tok_file):
     for megabytes in (2, 20):
         os.makedirs("in", exist_ok=True)
         write("in/a.jsonl", [{"text": f"{i}{''.join(POEMS) * 20}"} for i in range(megabytes * 300)])
-        subprocess.run(command("x", "--input=in", f"--tokenizer={tok_file}", "--workers=1"), check=True, capture_output=True)
+        program = command("x", "--input=in", f"--tokenizer={tok_file}", "--workers=1")
+        subprocess.run(program, check=True, capture_output=True)
         meta = Folder("data/x").meta
         assert meta["train"]["bytes"] > megabytes * 0.8e6
         peaks.append(meta["memory"])

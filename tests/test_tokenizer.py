@@ -32,13 +32,14 @@ def trained(tmp_path_factory):
 
 
 def rank_file(path, size=0, digits=(b"12", b"123")):
-    """A tiktoken rank file: all bytes, then parts of characters and words, then filler up to `size` ranks. Without a size
-    it is of no known family, and may have no tokens of several digits."""
+    """A tiktoken rank file: all bytes, then parts of characters and words, then filler up to `size` ranks. Without a
+    size it is of no known family, and may have no tokens of several digits."""
     tokens = [bytes([i]) for i in range(256)]
     for text in ("床前明月光疑是地上霜", "举头望明月"):
         for char in text:
             tokens += [char.encode()[:2], char.encode()]
-    tokens += ["明月".encode(), "床前".encode(), b"  ", b"    ", b"he", b"ll", b"hell", b" the", b"\n\n", *digits * bool(size)]
+    tokens += ["明月".encode(), "床前".encode(), b"  ", b"    ", b"he", b"ll", b"hell", b" the", b"\n\n"]
+    tokens += digits * bool(size)
     tokens = list(dict.fromkeys(tokens))
     tokens += [b"\xff\xfe" + str(i).encode() for i in range(size - len(tokens))]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
@@ -203,7 +204,8 @@ def test_glm4_and_cl100k_cut_digits_in_threes(tmp_path, size):
 @pytest.mark.parametrize("size", [50_256, 50_280, 199_998, 163_584, 1000])
 def test_rank_files_of_unknown_families_are_refused(tmp_path, size):
     rank_file(tmp_path / "other.tiktoken", size)
-    with pytest.raises(ValueError, match=f"other.tiktoken: {size:,} ranks, some of several digits like b'12'.*Known are Qwen"):
+    said = f"other.tiktoken: {size:,} ranks, some of several digits like b'12'.*Known are Qwen"
+    with pytest.raises(ValueError, match=said):
         load_tokenizer(tmp_path / "other.tiktoken")
 
 
@@ -218,8 +220,9 @@ def test_what_a_vocabulary_without_bytes_does_not_know(trained, tmp_path):
     rank_file(tmp_path / "a.tiktoken")
     assert load_tokenizer(tmp_path / "a.tiktoken").unk_id is None
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(POEMS * 20), model_writer=model, vocab_size=80,
-                                             model_type="bpe", character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(POEMS * 20), model_writer=model, vocab_size=80, model_type="bpe", character_coverage=1.0,
+        hard_vocab_limit=False, minloglevel=2)
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     tok = load_tokenizer(tmp_path)
     assert tok.unk_id == 0 and tok.encode("龘").count(tok.unk_id) == 1 and tok.unk_id not in tok.encode("明月")
