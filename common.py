@@ -161,6 +161,11 @@ def micro_steps(grad_accum, env):
     return range(env.rank, grad_accum, env.world)
 
 
+def batch_starts(n, batch_size, env):
+    """Return where this rank's batches begin, of n rows that the processes measure together, batch by batch."""
+    return range(env.rank * batch_size, n, env.world * batch_size)
+
+
 def compile_blocks(model, cfg, env):
     """Compile the model block by block: one block is compiled once and serves for all, and gradients can travel to
     the other processes while earlier blocks still compute theirs. Runs eagerly where there is no compiler."""

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import all_sum, no_grad_eval
+from common import all_sum, batch_starts, no_grad_eval
+from model import product_dtype
 
 
 def chunk_size(vocab_size, device):
@@ -30,8 +31,10 @@ def softmax_nll(logits, target):
     """logits (N, V), target (N, 1) -> nll (N) and its gradient softmax - onehot (N, V), in the dtype of the logits."""
     logps = logits.float().log_softmax(-1)
     nll = -logps.gather(1, target).squeeze(1)
+    # softmax - onehot: at the target, one less
     gradient = logps.exp()
-    gradient = gradient.scatter_add(1, target, torch.full_like(target, -1, dtype=torch.float32))
+    minus_one = torch.full_like(target, -1, dtype=torch.float32)
+    gradient = gradient.scatter_add(1, target, minus_one)
     return nll, gradient.to(logits.dtype)
 
 
@@ -51,8 +54,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad, compiled):
         nll_and_gradient = compiled_softmax_nll() if compiled else softmax_nll
-        on = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
+        dtype = product_dtype(x)
         rounded_head = head.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if with_grad else None
@@ -64,20 +66,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             inputs = x[part].to(dtype)                                             # (rows, C)
-            nll, grad = nll_and_gradient(F.linear(inputs, rounded_head), targets[part].clamp(min=0)[:, None])
+            # the logits get no name here: a name would keep them while the next chunk's are made
+            nll, grad = nll_and_gradient(                                          # (rows), (rows, V)
+                F.linear(inputs, rounded_head),
+                targets[part].clamp(min=0)[:, None])
             loss += (weights[part] * nll).sum()
             if with_grad:
                 # a row's weight is cheaper put on its C channels than on V logits
                 grad_x[part] = (grad @ rounded_head) * weights[part, None]
-                grad_head += (grad.T @ (inputs * relative[part, None]).to(dtype)).float() * scale
+                weighted = (inputs * relative[part, None]).to(dtype)
+                grad_head += (grad.T @ weighted).float() * scale
         if with_grad:
             ctx.save_for_backward(grad_x, grad_head)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
+        # both are made already; what comes from above is one number, the factor on the loss
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_head * grad_loss, None, None, None, None
+        grad_x = grad_x * grad_loss.to(grad_x.dtype)
+        return grad_x, grad_head * grad_loss, None, None, None, None
 
 
 def cross_entropy(x, head_weight, targets, weights=None, compiled=False):
@@ -100,7 +108,13 @@ def cross_entropy(x, head_weight, targets, weights=None, compiled=False):
         weights = weights[learned]
     if len(x) == 0:
         return x.sum() * 0.0 + head_weight.sum() * 0.0  # nothing to learn, yet all parameters take part
-    return ChunkedCrossEntropy.apply(x, head_weight, targets, weights, torch.is_grad_enabled(), compiled)
+    return ChunkedCrossEntropy.apply(
+        x,
+        head_weight,
+        targets,
+        weights,
+        torch.is_grad_enabled(),
+        compiled)
 
 
 def text_loss(model, split, seq_len, batch_size, max_tokens, env):
@@ -112,18 +126,20 @@ def text_loss(model, split, seq_len, batch_size, max_tokens, env):
     n_rows = math.ceil(n_tokens / seq_len)
     nats = torch.zeros((), device=env.device)
     with no_grad_eval(model):
-        for first in range(env.rank * batch_size, n_rows, env.world * batch_size):
+        for first in batch_starts(n_rows, batch_size, env):
             # always whole batches, so that there is one shape to compile; -1 marks targets that do not count
-            ids = np.zeros(batch_size * seq_len, dtype=np.int64)
-            targets = np.full(batch_size * seq_len, -1, dtype=np.int64)
+            ids = np.zeros((batch_size, seq_len), dtype=np.int64)
+            targets = np.full((batch_size, seq_len), -1, dtype=np.int64)
             start = first * seq_len
-            end = min(start + len(ids), n_tokens)
-            ids[:end - start] = split.tokens[start:end]
-            targets[:end - start] = split.tokens[start + 1:end + 1]
-            x = torch.from_numpy(ids).view(batch_size, seq_len).to(env.device)
-            y = torch.from_numpy(targets).view(batch_size, seq_len).to(env.device)
+            n = min(batch_size * seq_len, n_tokens - start)
+            ids.flat[:n] = split.tokens[start:start + n]
+            targets.flat[:n] = split.tokens[start + 1:start + n + 1]
+            x = torch.from_numpy(ids).to(env.device)                               # (B, T)
+            y = torch.from_numpy(targets).to(env.device)
+            # weights of 1 make the loss a sum: sums of batches and processes add up, means of unequal ones would not
+            weights = (y >= 0).float()
             with env.autocast():
-                nats += cross_entropy(model(x), model.head_weight, y, weights=(y >= 0).float())
+                nats += cross_entropy(model(x), model.head_weight, y, weights)
     total = all_sum([nats], env)[0]
     n_bytes = split.meta["bytes"] * n_tokens / len(split.tokens)
     return total / n_tokens, total / math.log(2) / n_bytes
@@ -151,9 +167,22 @@ def token_logps(model, ids, targets, mask, temperature=1.0, docs=None):
     parts = []
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        parts.append(checkpoint(chunk_logps, x[part], model.head_weight, chosen[part], temperature,
-                                use_reentrant=False))
+        chunk = checkpoint(
+            chunk_logps,
+            x[part],
+            model.head_weight,
+            chosen[part],
+            temperature,
+            use_reentrant=False)
+        parts.append(chunk)
+    # back to where they stand in the rows
     return logps.masked_scatter(wanted, torch.cat(parts))
+
+
+def answer_ends(mask):
+    """Return how many targets each row has up to its last learned one, (R); mask (R, T)."""
+    place = torch.arange(1, mask.size(1) + 1, device=mask.device)
+    return (mask * place).amax(dim=1).long()
 
 
 def like_lengths(ends):
@@ -163,7 +192,9 @@ def like_lengths(ends):
     order = ends.argsort(stable=True)
     sizes = [0]
     for length in ends[order].tolist():
-        if sizes[-1] and (sizes[-1] + 1) * length > most:
+        # sorted: this row is the longest so far, and all others of its group would be padded to it
+        tokens = (sizes[-1] + 1) * length
+        if sizes[-1] and tokens > most:
             sizes.append(0)
         sizes[-1] += 1
     return order.split(sizes)
@@ -175,13 +206,17 @@ def answer_logps(model, batch, env, temperature=1.0):
     batch: ids, targets, mask, each (R, T), of collate().
     """
     ids, targets, mask = batch
-    place = torch.arange(1, ids.size(1) + 1, device=mask.device)
-    ends = (mask * place).amax(dim=1).long()                                       # tokens up to the answer's last
+    ends = answer_ends(mask)
     sums = torch.zeros(len(ids), device=ids.device)
     for rows in like_lengths(ends):
         T = ends[rows].max()
         with env.autocast():
-            logps = token_logps(model, ids[rows, :T], targets[rows, :T], mask[rows, :T], temperature)
+            logps = token_logps(                                                   # (rows, T)
+                model,
+                ids[rows, :T],
+                targets[rows, :T],
+                mask[rows, :T],
+                temperature)
         sums = sums.index_put((rows,), logps.sum(dim=1))
     return sums, mask.sum(dim=1)
 
@@ -192,13 +227,14 @@ def score_answers(model, batch, env):
     batch: of collate(). What stands behind a row's end cannot change its score: attention is causal.
     """
     ids, targets, mask = batch
-    ids = torch.cat([ids[:, :1], targets], dim=1)  # undo the shift: the last token is the one that is scored
-    place = torch.arange(1, ids.size(1), device=mask.device)
-    ends = (mask * place).amax(dim=1).long()
+    # undo the shift: the last token is no input of the language model, but the one that is scored
+    ids = torch.cat([ids[:, :1], targets], dim=1)
+    ends = answer_ends(mask)
     scores = torch.zeros(len(ids), device=ids.device)
     for rows in like_lengths(ends):
         T = ends[rows].max() + 1
         with env.autocast():
-            part = model(ids[rows, :T])                                            # (rows, T)
-        scores = scores.index_put((rows,), part.gather(1, ends[rows, None]).squeeze(1))
+            values = model(ids[rows, :T])                                          # (rows, T)
+        last = values.gather(1, ends[rows, None]).squeeze(1)                       # (rows)
+        scores = scores.index_put((rows,), last)
     return scores
