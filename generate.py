@@ -9,12 +9,24 @@ import math
 
 import torch
 
-from model import KVCache
+from model import KVCache, product_dtype
 
 
 @torch.no_grad()  # not inference_mode: there, autocast would cast every weight anew for every token
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-             stop_ids=(), pad_id=0, seed=None, on_token=None, group_size=1):
+def generate(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        stop_ids=(),
+        pad_id=0,
+        seed=None,
+        on_token=None,
+        group_size=1):
     """Continue each prompt (a list of ids) by up to max_new_tokens, group_size times; return the new ids, a list a row.
 
     A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
@@ -32,10 +44,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceed the model's "
                          f"max_seq_len={room}")
     device = model.head_weight.device
+    # padding goes to the left, so that all prompts end in the last column and new tokens stand behind each other
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
+    padded = [[pad_id] * (longest - len(p)) + list(p) for p in prompts]
+    ids = torch.tensor(padded, device=device)                                      # (prompts, longest)
+    dtype = product_dtype(model.head_weight)
     cache = KVCache(model.config, pad, longest + max_new_tokens, dtype)
     new = [[] for _ in range(len(prompts) * group_size)]
     uniforms = draw_uniforms(seed, len(new), max_new_tokens).to(device)            # (rows, steps)
@@ -50,12 +63,21 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         cache.select(prompt_of)
     seen = torch.zeros(len(new), model.config.vocab_size, dtype=torch.bool, device=device)
     if repetition_penalty != 1.0:
+        # the prompt's tokens have been seen; padding has not, unless the prompt itself holds that token
         seen.scatter_(1, ids[prompt_of], True)
-        seen[:, pad_id] &= torch.tensor([pad_id in p for p in prompts], device=device)[prompt_of]
+        pad_seen = torch.tensor([pad_id in p for p in prompts], device=device)
+        seen[:, pad_id] &= pad_seen[prompt_of]
 
     for step in range(max_new_tokens):
         # logits → filtered → one id a row
-        logits = filter_logits(model.logits(hidden), seen[alive], temperature, top_k, top_p, min_p, repetition_penalty)
+        logits = filter_logits(                                                    # (alive, V)
+            model.logits(hidden),
+            seen[alive],
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty)
         ids = pick(logits, uniforms[alive, step], temperature)                     # (alive,)
         shown = [None] * len(new)
         for row, token in zip(alive.tolist(), ids.tolist()):
@@ -66,7 +88,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if repetition_penalty != 1.0:
             seen[alive, ids] = True
         # rows that have ended leave the batch, and their keys and values the cache
-        going = (~torch.isin(ids, stops)).nonzero().squeeze(1)
+        ended = torch.isin(ids, stops)
+        going = (~ended).nonzero().squeeze(1)
         if len(going) == 0 or step == max_new_tokens - 1:
             break
         if len(going) < len(ids):
@@ -124,8 +147,11 @@ def pick(logits, uniforms, temperature):
     probs = logits.softmax(-1)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    draw = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # a rounded cdf does not end at exactly 1: draws are scaled to where it ends, and stay below that
+    below_total = total.nextafter(torch.zeros_like(total))
+    draw = torch.minimum(uniforms[:, None] * total, below_total)
     ids = torch.searchsorted(cdf, draw, right=True)                                # the first token whose cdf exceeds it
     # A sum made in parallel is not quite monotone: where the search lands on a token of probability 0, take the likeliest.
     allowed = probs.gather(1, ids) > 0
-    return torch.where(allowed, ids, probs.argmax(-1, keepdim=True)).squeeze(1)
+    likeliest = probs.argmax(-1, keepdim=True)
+    return torch.where(allowed, ids, likeliest).squeeze(1)
