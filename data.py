@@ -38,7 +38,9 @@ class Split:
     @functools.cache
     def prompt_bounds(self):
         """Return offsets (prompts + 1): prompt p owns documents bounds[p] … bounds[p + 1] - 1, the best one first."""
-        first_of_prompt = np.flatnonzero(np.diff(self.group, prepend=-1))
+        # a prompt's documents stand together: the next one begins where the number of the group changes
+        change = np.diff(self.group, prepend=-1)
+        first_of_prompt = np.flatnonzero(change)
         return np.append(first_of_prompt, len(self))
 
 
@@ -64,7 +66,9 @@ def open_data(folder, kind=None, fingerprint=None):
         size = os.path.getsize(path)
         wanted = length * dtype.itemsize
         check(size == wanted, f"{path} has {size:,} bytes, meta.json says {wanted:,}. Prepare the folder again")
-        return np.memmap(path, dtype, mode="r") if length else np.zeros(0, dtype)
+        if length == 0:
+            return np.zeros(0, dtype)  # an empty file cannot be mapped
+        return np.memmap(path, dtype, mode="r")
 
     splits = []
     for split in ("train", "val"):
@@ -109,13 +113,15 @@ def collate(documents, pad_id, device="cpu"):
     never looks at the padding behind a row, so it needs no attention mask.
     """
     T = max(len(ids) for ids, _ in documents)
-    ids = np.full((len(documents), T), pad_id, dtype=np.int64)
-    mask = np.zeros((len(documents), T), dtype=np.float32)
+    shape = (len(documents), T)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.float32)
     for row, (document, learned) in enumerate(documents):
         ids[row, :len(document)] = document
         mask[row, :len(document)] = learned
     ids = torch.from_numpy(ids).to(device)
     mask = torch.from_numpy(mask).to(device)
+    # the shift: the last token predicts nothing, and nothing predicts the first
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
@@ -125,8 +131,10 @@ def get_prompts(split, prompts, pad_id, device):
     documents = []
     sizes = []
     for p in prompts:
-        documents += [split.document(i) for i in range(bounds[p], bounds[p + 1])]
-        sizes.append(int(bounds[p + 1] - bounds[p]))
+        begin = bounds[p]
+        end = bounds[p + 1]
+        documents += [split.document(i) for i in range(begin, end)]
+        sizes.append(int(end - begin))
     return collate(documents, pad_id, device), sizes
 
 
@@ -171,11 +179,15 @@ def mixed_rows(split, number, n_rows, seed, pad_id, env):
     if split.idx is None:
         n_pieces = (len(split.tokens) - 1) // PIECE
         for piece in shuffled(n_pieces, number * n_rows, n_rows, seed):
-            tokens = split.tokens[PIECE * piece:PIECE * piece + PIECE + 1].astype(np.int64)
-            documents.append((tokens, np.ones(len(tokens))))
+            begin = PIECE * piece
+            tokens = split.tokens[begin:begin + PIECE + 1].astype(np.int64)
+            learned = np.ones(len(tokens))
+            documents.append((tokens, learned))
     else:
         for i in shuffled(len(split), number * n_rows, n_rows, seed):
             documents.append(split.document(i))
+    # each process learns its share of the rows; how many tokens count in all, it must know from all of them
     n_learned = sum(mask[1:].sum() for _, mask in documents)
-    ids, targets, mask = collate(documents[env.rank::env.world], pad_id, env.device)
+    ours = documents[env.rank::env.world]
+    ids, targets, mask = collate(ours, pad_id, env.device)
     return ids, targets, mask / float(max(n_learned, 1))

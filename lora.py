@@ -32,17 +32,24 @@ class LoRALinear(nn.Linear):
     """y = W x + alpha/rank · B A x (sec. 4.1). W keeps its name in the state dict; B starts at zero, A as in peft."""
 
     def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta")  # no memory: the weight is the one that is there
         self.weight = linear.weight
         self.bias = linear.bias
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        # with B = 0 the first step starts from the base itself; were A zero as well, neither would get a gradient
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
+        # two thin products instead of a change of W: rank * (in + out) numbers to learn instead of in * out
         thin = F.linear(x, self.lora_a)                                            # (..., rank)
-        return super().forward(x) + F.linear(thin, self.lora_b) * self.scale
+        change = F.linear(thin, self.lora_b) * self.scale                          # (..., out)
+        return super().forward(x) + change
 
 
 def add_lora(model, rank, alpha, targets, base="", base_hash=""):
@@ -59,17 +66,25 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
     known = sorted({name.split(".")[-1] for name in layers})
     check(chosen and rank > 0, f"lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or more, "
           f"the layers are {', '.join(known)}")
+    # freeze all of it first: only what is added from here on will learn
     model.requires_grad_(False)
     for name, layer in chosen.items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha))
-    model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "base": base, "base_hash": base_hash}
+    model.lora = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "base": base,
+        "base_hash": base_hash}
     return model
 
 
 def start_lora(model, cfg):
     """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from."""
+    # the path from one folder to the other, so that both can move together
     base = os.path.relpath(cfg.init_from, cfg.out_dir)
-    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(model.state_dict()))
+    base_hash = weights_hash(model.state_dict())
+    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, base_hash)
 
 
 def main(cfg):
@@ -79,7 +94,13 @@ def main(cfg):
     check(checkpoint.get("lora"), f"{cfg.run} holds no adapters, but whole weights: there is nothing to merge")
     path = os.path.join(cfg.out, "ckpt.pt")
     check(not os.path.exists(path), f"{path} exists, and would be overwritten. Choose another --out")
-    merged = {**checkpoint, "model": model.state_dict(), "lora": None, "optimizers": [], "scaler": {}}
+    # load_model has merged them; what belongs to training is left behind
+    merged = {
+        **checkpoint,
+        "model": model.state_dict(),
+        "lora": None,
+        "optimizers": [],
+        "scaler": {}}
     save_checkpoint(path, merged)
     tokenizer.save(os.path.join(cfg.out, "tokenizer.model"))
     print(f"{path}: the weights of {cfg.run} with its adapters added")
