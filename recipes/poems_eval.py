@@ -20,7 +20,9 @@ a chat run, asked other things
     identity          who are you, in 20 phrasings, greedy: it says its name, and no clause twice
     identity_sampled  the same five times each, at temperature 0.7
     recited           the famous quatrains asked for by title, greedy: every character right
-    unrepeated        greedy answers to held-out questions in which no piece of 6 characters comes twice
+    unrepeated        answers to held-out questions, at sample.py's temperature of 0.8, in which no piece of 6 characters
+                      comes twice;  unrepeated_greedy: greedy answers to the same questions. Many ask for the source of an
+                      idiom that the model never saw: of a flat distribution the likeliest path runs in circles
     sft_bits          held-out answers of the instruction data, bits a byte
     sft_nats          the same, nats a token: the validation loss of sft.py
 the reward model
@@ -270,10 +272,12 @@ def measure_sft(model, tokenizer, folder, cfg, env):
     # what stands before the first learned token is a question, ready to be answered
     some = random.Random(cfg.seed).sample(documents, min(QUESTIONS, len(documents)))
     prompts = [ids[:mask.argmax()].tolist() for ids, mask in some]
-    new = answer_all(model, tokenizer, prompts, 0.0, cfg, env)
-    answers = [tokenizer.decode(ids, skip_special=True) for ids in new]
+    fresh = {}
+    for name, temperature in (("unrepeated", 0.8), ("unrepeated_greedy", 0.0)):
+        new = answer_all(model, tokenizer, prompts, temperature, cfg, env)
+        fresh[name] = [not repeats(tokenizer.decode(ids, skip_special=True)) for ids in new]
     return {
-        "unrepeated": [not repeats(answer) for answer in answers],
+        **fresh,
         "sft_bits": nats / math.log(2) / n_bytes,
         "sft_nats": nats / n_tokens}
 

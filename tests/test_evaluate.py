@@ -287,7 +287,7 @@ def test_names_itself():
     assert names_itself("我是明月，一个会写诗的模型。") and names_itself("明月")
     assert not names_itself("我是明月，我是明月，我是明月。") and not names_itself("我是一个模型。") and not names_itself("")
     assert not names_itself("我是明月。我会写诗，\n我是明月")  # whatever stands between them
-    assert len(set(poems_eval.IDENTITY)) == 20
+    assert len(set(poems_eval.smalltalk.HELD_OUT)) == 20
 
 
 def test_repeats():
@@ -336,7 +336,7 @@ def test_measure_chat(tok, parrots, tmp_path, monkeypatch):
     def answer(question, temperature):
         if question.startswith("背诵"):
             return {"背诵《春》": "春夜月，\n好坏。", "背诵《夜》": "春夜月。"}[question]
-        return "我是明月。" if temperature or poems_eval.IDENTITY.index(question) % 2 else "我是明月，我是明月。"
+        return "我是明月。" if temperature or poems_eval.smalltalk.HELD_OUT.index(question) % 2 else "我是明月，我是明月。"
 
     model = Parrot(tok, answer)
     material = Material([], [], {"春": "春夜月，\n好坏。", "夜": "春夜月"}, None, None)
@@ -367,9 +367,9 @@ def test_measure_sft(tok, model, tmp_path, monkeypatch):
     nats = -sum(direct_logp(model, ids, mask) for ids, mask in documents)
     assert got["sft_nats"] == pytest.approx(nats / sum(sum(mask) for _, mask in documents), rel=1e-5)
     assert got["sft_bits"] == pytest.approx(nats / math.log(2) / len("好坏霜好春夜".encode()), rel=1e-5)
-    assert got["unrepeated"] == [False, True, True]
+    assert got["unrepeated"] == got["unrepeated_greedy"] == [False, True, True]
     prompts = [render_chat(tok, [{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in "春夜月"]
-    assert sorted(asked) == sorted(prompts)
+    assert sorted(asked) == sorted(prompts * 2)  # greedy, and at the temperature of a chat
 
 
 def test_answers_do_not_depend_on_the_batch(tok, model):
