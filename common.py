@@ -44,7 +44,8 @@ class Env:
 
     def __post_init__(self):
         if self.scaler is None:
-            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+            fp16 = self.dtype == torch.float16
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
     @property
     def main(self):
@@ -75,7 +76,8 @@ def start(cfg, announce=True):
     if world > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401 - imported later it would hold the group past its end
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype = choose_dtype(getattr(cfg, "dtype", "float32" if device.type == "cpu" else "auto"), device)
+    default = "float32" if device.type == "cpu" else "auto"
+    dtype = choose_dtype(getattr(cfg, "dtype", default), device)
     torch.manual_seed(cfg.seed)
     env = Env(rank, world, device, dtype)
     if env.main and announce:
@@ -88,7 +90,11 @@ def start(cfg, announce=True):
 def choose_device(name):
     """Return the torch.device of "auto", "cpu", "cuda", "cuda:1", "mps"; exits when it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     check(re.fullmatch(r"cpu|mps|cuda(:\d+)?", name), f"device={name!r}: known are auto, cpu, mps, cuda and cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
@@ -108,8 +114,10 @@ def choose_dtype(name, device):
               "which takes bfloat16 where it is measured to be faster")
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and bf16_is_fast() else torch.float32
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    fast = device.type == "cpu" and bf16_is_fast()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def bf16_is_fast():
@@ -229,11 +237,13 @@ POLAR_EXPRESS = (
 def orthogonalise(x):
     """x (..., rows, columns) -> about U V', where x = U S V' is its singular value decomposition."""
     if x.size(-2) > x.size(-1):
-        return orthogonalise(x.mT).mT
-    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+        return orthogonalise(x.mT).mT  # of a matrix that lies down, X X' is the smaller square
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (1.02 * norm + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        polynomial = b * square + c * square @ square
+        x = a * x + polynomial @ x
     return x
 
 
@@ -269,7 +279,8 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalise(updates)
             for (matrix, _, group), update in zip(matrices, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                matrix.add_(update.to(matrix.dtype), alpha=-rate)
 
 
 def make_optimizers(model, cfg, lr=None):
@@ -294,13 +305,21 @@ def make_optimizers(model, cfg, lr=None):
         else:
             vectors.append(p)
     optimizers = []
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=True))
+        adamw = torch.optim.AdamW(
+            groups,
+            lr=adam_lr,
+            betas=(0.9, 0.95),
+            fused=True)
+        optimizers.append(adamw)
     if muon:
         groups = [{"params": params, "parts": parts} for parts, params in muon.items()]
         optimizers.append(Muon(groups, lr, cfg.weight_decay, cfg.momentum))
+    # set_lr moves every rate in step with its own peak
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -454,22 +473,27 @@ def stage_of(cfg):
 
 def load_checkpoint(path, device="cpu"):
     """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
     check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # cut short, another format, or code where weights should be
         check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of ours")
-    known = isinstance(checkpoint, dict) and {"stage", "model", "model_config", "fingerprint"} <= checkpoint.keys()
+    wanted = {"stage", "model", "model_config", "fingerprint"}
+    known = isinstance(checkpoint, dict) and wanted <= checkpoint.keys()
     check(known, f"{path} is not a checkpoint of this project")
     return checkpoint
 
 
 def newest_run(stages, root="out"):
     """Return the folder under root whose ckpt.pt is the newest of these stages'; exits where there is none."""
-    folders = [entry.path for entry in os.scandir(root)] if os.path.isdir(root) else []
-    files = [os.path.join(folder, "ckpt.pt") for folder in folders]
-    files = [file for file in files if os.path.isfile(file)]
+    files = []
+    if os.path.isdir(root):
+        for entry in os.scandir(root):
+            file = os.path.join(entry.path, "ckpt.pt")
+            if os.path.isfile(file):
+                files.append(file)
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         if load_checkpoint(file)["stage"] in stages:
             return os.path.dirname(file)
@@ -488,6 +512,7 @@ def load_model(path, device="cpu"):
     weights = checkpoint["model"]
     lora = checkpoint.get("lora")
     if lora:
+        # the file holds adapters alone: what they are added to lies in another run
         base = os.path.normpath(os.path.join(folder, lora["base"]))
         weights = load_model(base)[0].state_dict()
         check(weights_hash(weights) == lora["base_hash"], f"{base} has other weights now than when the adapters in "
@@ -525,7 +550,8 @@ def weights_hash(weights):
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        numbers = weights[name].cpu().contiguous().reshape(-1)
+        digest.update(numbers.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -542,18 +568,18 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
     lock(cfg.out_dir, env)
     catch_signals(env)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
-    if not os.path.exists(path):
+    checkpoint = None
+    if os.path.exists(path):
+        checkpoint = load_checkpoint(path)
+        stage = stage_of(cfg)
+        check(checkpoint["stage"] == stage, f"{cfg.out_dir} holds a run of {checkpoint['stage']}.py, and {stage}.py "
+              "would overwrite it. Choose another --out_dir")
+    if not checkpoint or not cfg.resume:
+        # a run from its beginning: an older log would go on where this one has not been
         if env.main:
             trim_log(cfg.out_dir, -1)
         return 0, math.inf, None
-    checkpoint = load_checkpoint(path)
-    stage = stage_of(cfg)
-    check(checkpoint["stage"] == stage, f"{cfg.out_dir} holds a run of {checkpoint['stage']}.py, and {stage}.py would "
-          "overwrite it. Choose another --out_dir")
-    if not cfg.resume:
-        if env.main:
-            trim_log(cfg.out_dir, -1)
-        return 0, math.inf, None
+    # the same weights, optimizers and step: the rows follow from the step, so nothing else need be known
     check_same_run(path, checkpoint, cfg, model, tokenizer)
     model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
     if critic:
@@ -575,9 +601,14 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
 def check_same_run(path, checkpoint, cfg, model, tokenizer):
     """Exit where the checkpoint is not an earlier state of this very run."""
     then = checkpoint["config"]
-    theirs = {**checkpoint["model_config"], "lora": checkpoint.get("lora"), "tokenizer": checkpoint["fingerprint"][:12]}
-    ours = {**dataclasses.asdict(model.config), "lora": getattr(model, "lora", None),
-            "tokenizer": tokenizer.fingerprint[:12]}
+    theirs = {
+        **checkpoint["model_config"],
+        "lora": checkpoint.get("lora"),
+        "tokenizer": checkpoint["fingerprint"][:12]}
+    ours = {
+        **dataclasses.asdict(model.config),
+        "lora": getattr(model, "lora", None),
+        "tokenizer": tokenizer.fingerprint[:12]}
     # which rows a step holds follows from its number: with other batches, rows would be left out or learned twice
     for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir"):
         if hasattr(cfg, key):
@@ -587,7 +618,10 @@ def check_same_run(path, checkpoint, cfg, model, tokenizer):
     if rows_then == cfg.batch_size * cfg.grad_accum:  # only shared out otherwise
         for key in ("batch_size", "grad_accum"):
             ours[key] = theirs[key]
-    different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items() if theirs.get(key) != value]
+    different = []
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            different.append(f"{key}={theirs.get(key)} there, {value} here")
     check(not different, f"{path} is of another run: {'; '.join(different)}. Use its settings, choose another --out_dir, "
           "or start again with --resume=False")
 
@@ -609,7 +643,8 @@ def log(cfg, env, step, record):
     left = int(record.get("seconds", 0) * (cfg.max_steps - step))
     words.append(f"left {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s")
     print(f"step {step}/{cfg.max_steps} | " + " | ".join(words), flush=True)
-    with open(os.path.join(cfg.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+    path = os.path.join(cfg.out_dir, "log.jsonl")
+    with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps({"step": step, **record}) + "\n")
 
 

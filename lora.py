@@ -83,8 +83,13 @@ def start_lora(model, cfg):
     """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from."""
     # the path from one folder to the other, so that both can move together
     base = os.path.relpath(cfg.init_from, cfg.out_dir)
-    base_hash = weights_hash(model.state_dict())
-    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, base_hash)
+    return add_lora(
+        model,
+        cfg.lora_rank,
+        cfg.lora_alpha,
+        cfg.lora_targets,
+        base,
+        weights_hash(model.state_dict()))
 
 
 def main(cfg):
