@@ -1,18 +1,91 @@
 """
-C-Eval and CMMLU: four answers to a question, one right. Questions as lm-eval (version 0.4) asks them.
+What evaluate.py measures by likelihood: minimal pairs, and the exams C-Eval and CMMLU (four answers to a question, one
+right), whose questions are asked as lm-eval (version 0.4) asks them.
 
+    minimal_pairs(model, tokenizer, cfg, env)     {measure: hits and misses} of cfg.input
+    exam(model, tokenizer, cfg, env)              the same of the exam cfg.what
     questions("ceval", "data/ceval", shots=5)     {subject: [Question]}
 
 in: the csv files of the exam, C-Eval: dev/<subject>_dev.csv, val/<subject>_val.csv; CMMLU: dev/<subject>.csv,
     test/<subject>.csv. Examples ("shots") are the first ones of dev; the questions are those of val or test.
 """
 import csv
+import glob
+import json
 import os
 from dataclasses import dataclass
 
+import torch
+from tqdm import tqdm
+
 from configurator import check
+from data import collate
+from loss import answer_logps
 
 LETTERS = "ABCD"
+
+
+@torch.no_grad()
+def logps_of(model, documents, pad_id, env):
+    """Log-prob and number of the learned tokens of each document (ids, mask): two tensors (R)."""
+    # what is too long loses its beginning: the end is what is measured. One more than the model sees, since the last
+    # token is predicted only, never read
+    room = model.config.max_seq_len + 1
+    documents = [(ids[-room:], mask[-room:]) for ids, mask in documents]
+    return answer_logps(model, collate(documents, pad_id, env.device), env)
+
+
+# ---------------------------------------------------------------------------- minimal pairs
+
+
+def read_pairs(path):
+    """Return (good sentences, bad sentences) of a .jsonl file."""
+    good = []
+    bad = []
+    with open(path, encoding="utf-8-sig") as f:
+        for number, line in enumerate(f, 1):
+            record = json.loads(line)
+            known = {"sentence_good", "sentence_bad"} <= record.keys()
+            check(known, f"{path}, line {number}: no sentence_good or no sentence_bad")
+            good.append(record["sentence_good"])
+            bad.append(record["sentence_bad"])
+    check(good, f"{path} is empty")
+    return good, bad
+
+
+def minimal_pairs(model, tokenizer, cfg, env):
+    """Which of two sentences is likelier; over all files, and for each file of a folder."""
+    files = [cfg.input]
+    if os.path.isdir(cfg.input):
+        files = sorted(glob.glob(os.path.join(cfg.input, "*.jsonl")))
+        check(files, f"no .jsonl file in '{cfg.input}'")
+    everything = []
+    equal_length = []
+    each = {}
+    for path in files:
+        good, bad = read_pairs(path)
+        documents = []
+        for sentence in good + bad:
+            # after the token that begins every document, so that the first word counts, too
+            ids = tokenizer.encode(sentence)
+            mask = [0] + [1] * len(ids)
+            documents.append(([tokenizer.eot_id] + ids, mask))
+        logps, lengths = logps_of(model, documents, tokenizer.pad_id, env)             # (2n), (2n)
+        # log p falls with every token, log p / tokens makes long sentences look good; the root stands between
+        scores = logps / lengths ** 0.5
+        n = len(good)
+        hits = scores[:n] > scores[n:] + 1e-6  # beyond rounding: a tie is a miss, and so is NaN
+        everything += hits.tolist()
+        equal_length += hits[lengths[:n] == lengths[n:]].tolist()
+        name = os.path.basename(path).removesuffix(".jsonl")
+        each[name] = hits.tolist()
+    result = {"all pairs (chance 50%)": everything, "pairs of equal length": equal_length}
+    if len(files) > 1:
+        result.update(each)
+    return result
+
+
+# ---------------------------------------------------------------------------- exams
 
 
 @dataclass
@@ -183,20 +256,42 @@ def ask(row):
 
 def questions(name, folder, shots):
     """Return {subject: [Question]} of the subjects whose files are in the folder."""
-    exam = EXAMS[name]
+    form = EXAMS[name]
     found = {}
-    for file, subject in exam.subjects.items():
-        path = os.path.join(folder, exam.held_out.format(file=file))
+    for file, subject in form.subjects.items():
+        path = os.path.join(folder, form.held_out.format(file=file))
         if not os.path.exists(path):
             continue
-        head = exam.intro.format(subject=subject)
+        head = form.intro.format(subject=subject)
         if shots:
-            examples = read_rows(os.path.join(folder, exam.dev.format(file=file)))
+            examples = read_rows(os.path.join(folder, form.dev.format(file=file)))
             check(len(examples) >= shots, f"shots={shots}, but {file} has {len(examples)} examples")
             for row in examples[:shots]:
                 head += f"{ask(row)} {row['answer']}\n\n"
         found[file] = []
         for row in read_rows(path):
             found[file].append(Question(head + ask(row), LETTERS.index(row["answer"])))
-    check(found, f"no questions of {name} in '{folder}': wanted files like {exam.held_out.format(file=file)}")
+    check(found, f"no questions of {name} in '{folder}': wanted files like {form.held_out.format(file=file)}")
     return found
+
+
+def exam(model, tokenizer, cfg, env):
+    """The likeliest of the letters A to D after each question; over all subjects, and for each."""
+    everything = []
+    each = {}
+    subjects = questions(cfg.what, cfg.input, cfg.shots)
+    for subject, asked in tqdm(subjects.items(), unit="subject", disable=None):
+        documents = []
+        for question in asked:
+            n_text = len(tokenizer.encode(question.text))
+            for letter in LETTERS:
+                # encoded as a whole, as lm-eval does; what the model cannot see of it is cut off at the beginning
+                ids = tokenizer.encode(f"{question.text} {letter}")
+                mask = [0] * n_text + [1] * (len(ids) - n_text)
+                documents.append((ids, mask))
+        logps, _ = logps_of(model, documents, tokenizer.pad_id, env)
+        chosen = logps.view(-1, len(LETTERS)).argmax(dim=1)                        # (questions)
+        right = torch.tensor([question.right for question in asked], device=env.device)
+        each[subject] = (chosen == right).tolist()
+        everything += each[subject]
+    return {f"{cfg.what}, {cfg.shots} shots (chance 25%)": everything, **each}

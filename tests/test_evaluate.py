@@ -11,10 +11,11 @@ import torch
 
 import evaluate
 from common import Env, load_checkpoint, load_model, save_checkpoint
-from evaluate import Config, cell, logps_of, minimal_pairs, share, table, text_bits, wilson
+from evaluate import Config, cell, minimal_pairs, share, table, text_bits, wilson
 from model import ModelConfig, ScalarModel, Transformer
 from pairs import make_run, one_thread, write_pairs  # noqa: F401
 from recipes import exams, poems_eval
+from recipes.exams import logps_of
 from recipes.poems_eval import Material, answer_all, evaluate_run, famous_quatrains, idiom_choice, names_itself, repeats
 from recipes.poems_eval import measure_chat, measure_sft, reward_accuracy, scores_of
 from recipes.rewards import quatrain, rhyming
