@@ -19,8 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (GPU_TFLOPS, all_sum, compile_blocks, finish, log, lr_at, make_optimizers, micro_steps, no_grad_eval,
-                    optimizer_step, parallel, peak_flops, resume, save, set_lr, start)
+from common import (
+    GPU_TFLOPS, all_sum, compile_blocks, finish,
+    log, lr_at, make_optimizers, micro_steps,
+    no_grad_eval, optimizer_step, parallel, peak_flops,
+    resume, save, set_lr, start)
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data, shuffled
 from generate import generate
@@ -88,19 +91,27 @@ class Config:
 
 def get_batch(split, n_rows, cfg, step, micro_step, env):
     """Return the first n_rows rows of a micro-step: inputs (n_rows, T) and the tokens that follow them."""
+    # the text is one long line, cut every T tokens; one row less than there is room for, so that the cuts can move
     T = cfg.seq_len
-    rows_in_epoch = max(1, (len(split.tokens) - 1) // T - 1)
-    slack = len(split.tokens) - 1 - rows_in_epoch * T
+    n_targets = len(split.tokens) - 1
+    rows_in_epoch = max(1, n_targets // T - 1)
+    slack = n_targets - rows_in_epoch * T
+    # all rows of a run are numbered through, so (step, micro_step) says which ones these are, whoever asks
     first = (step * cfg.grad_accum + micro_step) * cfg.batch_size
+    entries = shuffled(rows_in_epoch, first, n_rows, cfg.seed)
     rows = []
-    for i, row in enumerate(shuffled(rows_in_epoch, first, n_rows, cfg.seed), first):
+    for number, row in enumerate(entries, first):
         # each epoch cuts the text into rows at other places, so that no text is learned by what stands before it
-        shift = np.random.default_rng([cfg.seed, i // rows_in_epoch]).integers(slack + 1)
+        epoch = number // rows_in_epoch
+        shift = np.random.default_rng([cfg.seed, epoch]).integers(slack + 1)
         begin = row * T + shift
+        # a token more than a row has: every input, the last one too, is followed by its target
         rows.append(split.tokens[begin:begin + T + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))                       # (n_rows, T + 1)
+    rows = np.stack(rows).astype(np.int64)
+    rows = torch.from_numpy(rows)                                                  # (n_rows, T + 1)
     if env.device.type == "cuda":
-        rows = rows.pin_memory().to(env.device, non_blocking=True)  # travels while the GPU still computes
+        # from pinned memory, rows travel while the GPU still computes
+        rows = rows.pin_memory().to(env.device, non_blocking=True)
     rows = rows.to(env.device)
     return rows[:, :-1], rows[:, 1:]
 
@@ -111,7 +122,14 @@ def print_sample(model, tokenizer, cfg, env):
     prompt = prompt[:cfg.max_seq_len // 2]
     room = min(100, cfg.max_seq_len - len(prompt))
     with no_grad_eval(model), env.autocast():
-        new = generate(model, [prompt], room, temperature=0.8, top_p=0.95, stop_ids=[tokenizer.eot_id], seed=cfg.seed)
+        new = generate(
+            model,
+            [prompt],
+            room,
+            temperature=0.8,
+            top_p=0.95,
+            stop_ids=[tokenizer.eot_id],
+            seed=cfg.seed)
     print(f"sample: {cfg.sample_start}{tokenizer.decode(new[0], skip_special=True)}", flush=True)
 
 
@@ -123,14 +141,17 @@ def estimate(model, cfg, env):
     flops = model.flops_per_token(cfg.seq_len)
     size = 4 if env.dtype == torch.float32 else 2
     # what the backward pass needs of a token in a block: inputs of its products, q, k, v, and the parts of SwiGLU
-    width = 4 * c.dim + 2 * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim
-    width = c.dim if cfg.checkpoint_blocks else width
+    attention = 2 * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+    width = 4 * c.dim + attention + 3 * c.hidden_dim
+    if cfg.checkpoint_blocks:
+        width = c.dim
     activations = cfg.batch_size * cfg.seq_len * c.n_layers * width * size
     print(f"parameters      {total:,} ({active:,} multiply each token)")
     print(f"tokens          {tokens:,} ({cfg.max_steps:,} steps of {tokens // cfg.max_steps:,})")
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
     print(f"memory          {16 * total / 2**30:.1f} GiB for weights, gradients and AdamW, "
           f"about {activations / 2**30:.1f} GiB for activations (a process)")
+    # well fed, a GPU reaches about 40% of what its data sheet says
     for name in ("4090", "A100", "H100"):
         peak = 1e12 * GPU_TFLOPS[name]
         print(f"{name:<15} {flops * tokens / peak / 0.4 / 3600:,.1f} hours at 40% of {peak / 1e12:.0f} TFLOP/s")
@@ -138,14 +159,17 @@ def estimate(model, cfg, env):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
+    # torchrun starts a process a GPU, and each runs this same function; rank 0 alone prints and saves
     env = start(cfg)
+    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
-    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that its "
-          "tokens were made with. Prepare the folder again")
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that "
+          "its tokens were made with. Prepare the folder again")
+    # a second text for the last steps, where there is one
     by_heart = train
     if cfg.anneal_steps:
         by_heart = open_data(cfg.anneal_dir, "text", meta["fingerprint"])[0]
@@ -161,8 +185,11 @@ def main(cfg):
     # ------------------------------------------------------------------------ model
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     shape = {name: value for name, value in vars(cfg).items() if name in names}
-    config = ModelConfig(vocab_size=math.ceil(meta["vocab_size"] / 64) * 64, **shape)
+    # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
+    vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
+    config = ModelConfig(vocab_size, **shape)
     if cfg.estimate:
+        # tensors on the meta device have a shape and no memory
         with torch.device("meta"):
             return estimate(Transformer(config), cfg, env)
     model = Transformer(config).to(env.device)
@@ -172,6 +199,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
     flops_a_step = tokens_a_step * model.flops_per_token(cfg.seq_len)
@@ -184,11 +212,12 @@ def main(cfg):
     # ------------------------------------------------------------------------ loop
     model.train()
     while step < cfg.max_steps:
+        # warm up slowly, since Adam's averages of the first few gradients are mostly noise; then come down
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
 
-        # gradients of all micro-steps add up; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad, as if their rows had been one batch
         loss = torch.zeros((), device=env.device)
         for i in micro:
             x, y = get_batch(train, cfg.batch_size, cfg, step, i, env)             # (B, T), (B, T)
@@ -202,27 +231,42 @@ def main(cfg):
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             with env.autocast():
                 micro_loss = cross_entropy(net(x), model.head_weight, y, compiled=cfg.compile)
-            # backward: the scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
+            # backward: the step's gradient is the mean over all its micro-steps, of this process here, over processes in
+            # the exchange. The scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
 
-        # the mean loss of all processes, and whether one of them was asked to stop
+        # the mean loss of all processes, and whether one of them was asked to stop: then all must, after this very step
         loss, stop = all_sum([loss, len(env.signals)], env)
+        # clip, step, and make place for the next gradients
         norm = optimizer_step(model, optimizers, cfg, env)
         if config.n_experts:
+            # no gradient, a rule: experts that got few tokens are asked more
             model.update_router_bias(0.001, dist.all_reduce if env.world > 1 else None)
         step += 1
         seconds = time.perf_counter() - began
 
         # measure on held-out text now and then, and at the end
-        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": tokens_a_step / seconds, "seconds": seconds}
+        record = {
+            "loss": loss,
+            "lr": lr,
+            "norm": norm,
+            "tok/s": tokens_a_step / seconds,
+            "seconds": seconds}
         if peak:
+            # model FLOPs utilisation: of what the GPUs could do at most, the share that went into the model
             record["mfu"] = flops_a_step / seconds / peak
         last = step == cfg.max_steps
         measure = last or step % cfg.eval_every == 0
         if measure:
+            # training text comes again each epoch, until it is known by heart; from this text nothing is ever learned
             record["val_loss"], record["val_bits_per_byte"] = text_loss(
-                model, val, cfg.seq_len, cfg.batch_size, cfg.eval_tokens, env)
+                model,
+                val,
+                cfg.seq_len,
+                cfg.batch_size,
+                cfg.eval_tokens,
+                env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
