@@ -231,8 +231,8 @@ def main(cfg):
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             with env.autocast():
                 micro_loss = cross_entropy(net(x), model.head_weight, y, compiled=cfg.compile)
-            # backward: the step's gradient is the mean over all its micro-steps, of this process here, over processes in
-            # the exchange. The scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
+            # backward: the step's gradient is the mean over all its micro-steps, here over those of this process. The
+            # scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
 

@@ -23,8 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (all_sum, compile_blocks, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval,
-                    optimizer_step, parallel, resume, save, set_lr, start)
+from common import (
+    all_sum, batch_starts, compile_blocks, finish,
+    load_model, log, lr_at, make_optimizers,
+    micro_steps, no_grad_eval, optimizer_step, parallel,
+    resume, save, set_lr, start)
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data
 from generate import generate
@@ -79,11 +82,15 @@ def pack(lengths, T, *seed):
     are left out. In every 64 of the order the longest come first: sorting all would fill rows with one kind.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(np.flatnonzero((lengths > 0) & (lengths <= T)))
-    order = order[np.lexsort((-lengths[order], np.arange(len(order)) // 64))]
+    usable = np.flatnonzero((lengths > 0) & (lengths <= T))
+    order = rng.permutation(usable)
+    # lexsort sorts by its last key, here the group of 64, and within equal ones by the key before
+    group = np.arange(len(order)) // 64
+    order = order[np.lexsort((-lengths[order], group))]
     rows = []
     rooms = []  # (tokens left, row), sorted
     for i in order.tolist():
+        # rooms are sorted, so the first that is large enough is the tightest fit
         best = bisect.bisect_left(rooms, (lengths[i],))
         if best == len(rooms):
             # no row has room enough: open a new one
@@ -102,23 +109,26 @@ def get_batch(split, rows, T, pad_id, env):
     Every conversation is shifted inside itself, so its last token predicts nothing. docs numbers the conversations of a
     row from 1; what remains of the row is padding, document 0.
     """
-    B = len(rows)
-    ids = np.full((B, T), pad_id, dtype=np.int64)
-    targets = np.full((B, T), pad_id, dtype=np.int64)
-    mask = np.zeros((B, T), dtype=np.float32)
-    docs = np.zeros((B, T), dtype=np.int64)
+    # begin with padding everywhere; conversations are written over it
+    shape = (len(rows), T)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    targets = ids.copy()
+    mask = np.zeros(shape, dtype=np.float32)
+    docs = np.zeros_like(ids)
     for b, row in enumerate(rows):
         start = 0
         for number, i in enumerate(row, 1):
-            # one conversation behind the other
+            # one conversation behind the other. A place is learned where its target is: hence the mask is shifted, too
             tokens, learned = split.document(i)
             place = slice(start, start + len(tokens) - 1)
             ids[b, place] = tokens[:-1]
             targets[b, place] = tokens[1:]
             mask[b, place] = learned[1:]
+            # the model lets a token see those of its own number only
             docs[b, place] = number
             start = place.stop
-    return [torch.from_numpy(a).to(env.device) for a in (ids, targets, mask, docs)]
+    batch = (ids, targets, mask, docs)
+    return [torch.from_numpy(array).to(env.device) for array in batch]
 
 
 def evaluate(model, split, rows, cfg, pad_id, env):
@@ -126,12 +136,15 @@ def evaluate(model, split, rows, cfg, pad_id, env):
     nats = torch.zeros((), device=env.device)
     count = 0
     with no_grad_eval(model), env.autocast():
-        for first in range(env.rank * cfg.batch_size, len(rows), env.world * cfg.batch_size):
+        for first in batch_starts(len(rows), cfg.batch_size, env):
             part = rows[first:first + cfg.batch_size]
-            part = part + [[]] * (cfg.batch_size - len(part))  # always whole batches: one shape to compile
+            # always whole batches, filled up with empty rows: one shape to compile
+            missing = cfg.batch_size - len(part)
+            part = part + [[]] * missing
             x, y, mask, docs = get_batch(split, part, cfg.seq_len, pad_id, env)
             nats += cross_entropy(model(x, docs), model.head_weight, y, mask)
             count += mask.sum()
+    # sums first, the quotient last: batches hold different numbers of learned tokens
     nats, count = all_sum([nats, count], env)
     return nats / max(count, 1)
 
@@ -140,24 +153,32 @@ def print_answers(model, tokenizer, cfg, env):
     """Print the greedy answer to each of the fixed questions."""
     room = model.config.max_seq_len
     for question in filter(None, cfg.questions.split("|")):
-        prompt, _ = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        turns = [{"role": "user", "content": question}]
+        prompt, _ = render_chat(tokenizer, turns, add_generation_prompt=True)
         if len(prompt) >= room:
             print(f"question: {question[:20]}… has {len(prompt)} tokens, the model sees {room}")
             continue
         with no_grad_eval(model), env.autocast():
-            answer = generate(model, [prompt], min(64, room - len(prompt)), temperature=0,
-                              stop_ids=[tokenizer.im_end_id, tokenizer.eot_id])[0]
+            answer = generate(
+                model,
+                [prompt],
+                min(64, room - len(prompt)),
+                temperature=0,
+                stop_ids=[tokenizer.im_end_id, tokenizer.eot_id])[0]
         print(f"question: {question}\n  answer: {tokenizer.decode(answer, skip_special=True)}", flush=True)
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
+    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
+    # what it knows of the language, pretraining has taught it; this stage gives it the habit of answering
     model, tokenizer, _ = load_model(cfg.init_from)
     if cfg.lora_rank:
+        # freeze it all, and learn a small change beside some of its matrices
         start_lora(model, cfg)
     model.to(env.device)
     compile_blocks(model, cfg, env)
@@ -166,14 +187,15 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "sft", tokenizer.fingerprint)
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
-    check(cfg.seq_len <= model.config.max_seq_len, f"seq_len={cfg.seq_len} exceeds the {model.config.max_seq_len} tokens "
-          "the model can see")
+    check(cfg.seq_len <= model.config.max_seq_len, f"seq_len={cfg.seq_len} exceeds the {model.config.max_seq_len} "
+          "tokens the model can see")
     lengths = np.diff(train.idx) - 1                                       # inputs of each conversation
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)  # and its learned targets
     rows = pack(lengths, cfg.seq_len, cfg.seed, 0)
     check(rows, f"none of the {len(train):,} conversations of {cfg.data_dir} fits into a row of seq_len={cfg.seq_len}. "
           "Raise --seq_len, or prepare the data again with shorter ones")
     used = np.concatenate(rows)
+    # packing decides how many rows there are, so the number of steps is known only now
     rows_an_epoch = len(rows)
     rows_a_step = cfg.batch_size * cfg.grad_accum
     cfg.max_steps = cfg.max_steps or math.ceil(cfg.epochs * rows_an_epoch / rows_a_step)
@@ -182,23 +204,27 @@ def main(cfg):
         # every epoch is packed anew, from (seed, epoch) alone
         rows += pack(lengths, cfg.seq_len, cfg.seed, epoch)
         epoch += 1
-    val_rows = pack(np.diff(val.idx) - 1, cfg.seq_len, cfg.seed)[:cfg.eval_rows]
+    val_lengths = np.diff(val.idx) - 1
+    val_rows = pack(val_lengths, cfg.seq_len, cfg.seed)[:cfg.eval_rows]
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     if env.main:
         n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         epochs = cfg.max_steps * rows_a_step / rows_an_epoch
         n_tokens = lengths[used].sum()
         padding = 1 - n_tokens / (rows_an_epoch * cfg.seq_len)
-        print(f"{n_learning:,} parameters learn, {cfg.max_steps:,} steps of {rows_a_step} rows = {epochs:.2f} epochs of "
-              f"{cfg.data_dir}\n{len(used):,} conversations ({len(train) - len(used):,} longer than a row left out); "
-              f"{learned[used].sum() / n_tokens:.1%} of their tokens are learned, {padding:.1%} of positions are padding")
+        print(f"{n_learning:,} parameters learn, {cfg.max_steps:,} steps of {rows_a_step} rows = {epochs:.2f} epochs "
+              f"of {cfg.data_dir}\n{len(used):,} conversations ({len(train) - len(used):,} longer than a row left "
+              f"out); {learned[used].sum() / n_tokens:.1%} of their tokens are learned, {padding:.1%} of positions are "
+              "padding")
 
     # ------------------------------------------------------------------------ loop
     model.train()
     while step < cfg.max_steps:
+        # warm up, then come down, as in pretrain.py
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
@@ -209,31 +235,44 @@ def main(cfg):
         n_learned = max(1, int(learned[documents].sum()))
         n_tokens = int(lengths[documents].sum())
 
-        # gradients of all micro-steps add up; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
         loss = torch.zeros((), device=env.device)
         for i in micro:
             part = step_rows[i * cfg.batch_size:(i + 1) * cfg.batch_size]
             x, y, mask, docs = get_batch(train, part, cfg.seq_len, tokenizer.pad_id, env)    # each (B, T)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            # forward: the questions are read, but only the mask's tokens, the answers, are learned
             with env.autocast():
-                micro_loss = cross_entropy(net(x, docs), model.head_weight, y, mask / n_learned, cfg.compile)
-            # the exchange takes the mean over the processes, but their losses are parts of one sum
+                micro_loss = cross_entropy(
+                    net(x, docs),
+                    model.head_weight,
+                    y,
+                    mask / n_learned,
+                    cfg.compile)
+            # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()
             loss += micro_loss.detach()
 
         # the loss of all processes, and whether one of them was asked to stop
         loss, stop = all_sum([loss, len(env.signals)], env)
         norm = optimizer_step(model, optimizers, cfg, env)
+        # the load of the experts is kept even by a rule; under adapters the router stays as it was
         if model.config.n_experts and not cfg.lora_rank:
             model.update_router_bias(0.001, dist.all_reduce if env.world > 1 else None)
         step += 1
         seconds = time.perf_counter() - began
 
         # measure on held-out conversations now and then, and at the end
-        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": n_tokens / seconds, "seconds": seconds}
+        record = {
+            "loss": loss,
+            "lr": lr,
+            "norm": norm,
+            "tok/s": n_tokens / seconds,
+            "seconds": seconds}
         last = step == cfg.max_steps
         measure = last or step % cfg.eval_every == 0
         if measure and val_rows:
+            # it rises again when answers are learned by heart: then best.pt is the run's best
             record["val_loss"] = evaluate(model, val, val_rows, cfg, tokenizer.pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
