@@ -18,8 +18,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (all_sum, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval, optimizer_step,
-                    parallel, resume, save, set_lr, start)
+from common import (
+    all_sum, batch_starts, finish, load_model,
+    log, lr_at, make_optimizers, micro_steps,
+    no_grad_eval, optimizer_step, parallel, resume,
+    save, set_lr, start)
 from configurator import Count, NonNegative, Positive, Whole, run
 from data import get_prompts, open_pairs, shuffled
 from loss import score_answers
@@ -71,7 +74,8 @@ def ranked_pairs(sizes, device="cpu"):
         rejected.append(worse)
         prompt.append(torch.full_like(better, number))
         first += size
-    return torch.cat(chosen).to(device), torch.cat(rejected).to(device), torch.cat(prompt).to(device)
+    columns = (chosen, rejected, prompt)
+    return [torch.cat(column).to(device) for column in columns]
 
 
 def ranking_loss(scores, sizes, centre=0.0):
@@ -80,9 +84,12 @@ def ranking_loss(scores, sizes, centre=0.0):
     InstructGPT, eq. 1; with K = 2 it is Bradley-Terry. A prompt counts once, however many pairs it makes. Differences
     alone would leave open where 0 is; centre * (r_chosen + r_rejected)^2 puts it in the middle.
     """
-    chosen, rejected, prompt = ranked_pairs(sizes, scores.device)
+    # every answer was scored once, whatever number of pairs it is in; here scores become pairs
+    chosen, rejected, prompt = ranked_pairs(sizes, scores.device)                  # each (P)
+    # Bradley-Terry: the chosen one is better with probability sigmoid(difference); make that likely
     losses = -F.logsigmoid(scores[chosen] - scores[rejected])                      # (P)
     losses = losses + centre * (scores[chosen] + scores[rejected]) ** 2
+    # a prompt's loss is the mean over its pairs: divide each by how many they are, then add them up
     losses = losses / prompt.bincount()[prompt]
     return scores.new_zeros(len(sizes)).index_add(0, prompt, losses)
 
@@ -91,7 +98,10 @@ def pair_stats(scores, sizes):
     """Return (3): pairs in the right order, the sum of leads r_chosen - r_rejected, pairs."""
     chosen, rejected, _ = ranked_pairs(sizes, scores.device)
     lead = (scores[chosen] - scores[rejected]).detach()
-    return torch.stack([(lead > 0).sum(), lead.sum(), torch.ones_like(lead).sum()])
+    return torch.stack([
+        (lead > 0).sum(),
+        lead.sum(),
+        torch.ones_like(lead).sum()])
 
 
 def evaluate(model, split, cfg, pad_id, env):
@@ -100,26 +110,32 @@ def evaluate(model, split, cfg, pad_id, env):
     loss = torch.zeros((), device=env.device)
     stats = torch.zeros(3, device=env.device)
     with no_grad_eval(model):
-        for first in range(env.rank * cfg.batch_size, n_prompts, env.world * cfg.batch_size):
-            prompts = range(first, min(first + cfg.batch_size, n_prompts))
+        for first in batch_starts(n_prompts, cfg.batch_size, env):
+            end = min(first + cfg.batch_size, n_prompts)
+            prompts = range(first, end)
             batch, sizes = get_prompts(split, prompts, pad_id, env.device)
             scores = score_answers(model, batch, env)                              # (R)
             loss += ranking_loss(scores, sizes, cfg.centre).sum()
             stats += pair_stats(scores, sizes)
+    # sums first, quotients last: batches hold different numbers of prompts and pairs
     loss, right, _, pairs = all_sum([loss, *stats], env)
     return loss / n_prompts, right / pairs
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
+    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
+    # a model that writes answers also knows what they say: keep all of it but the head over the vocabulary, and put a
+    # head with one output in its place
     base, tokenizer, _ = load_model(cfg.init_from)
     pad_id = tokenizer.pad_id
     model = ScalarModel(base.config)
-    trunk = {name: tensor for name, tensor in base.state_dict().items() if name != "lm_head.weight"}
+    trunk = base.state_dict()
+    trunk.pop("lm_head.weight", None)
     model.trunk.load_state_dict(trunk, strict=True)
     # without centring the loss sees differences alone, and a bias would learn nothing but rounding
     model.head.bias.requires_grad_(cfg.centre > 0)
@@ -133,6 +149,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     if env.main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
@@ -142,21 +159,24 @@ def main(cfg):
     # ------------------------------------------------------------------------ loop
     model.train()
     while step < cfg.max_steps:
+        # warm up, then come down, as in pretrain.py
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
 
-        # gradients of all micro-steps add up; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
         loss = torch.zeros((), device=env.device)
         stats = torch.zeros(3, device=env.device)
         for i in micro:
             first = (step * cfg.grad_accum + i) * cfg.batch_size
+            # a prompt comes with all its answers: they are compared with each other, never with those to another
             prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
             batch, sizes = get_prompts(train, prompts, pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
-            # score every answer alone, then compare those to one prompt
+            # forward: score every answer alone, then compare those to one prompt
             scores = score_answers(net, batch, env)                                # (R), the answers of all prompts
             micro_loss = ranking_loss(scores, sizes, cfg.centre).mean()
+            # backward: the mean over micro-steps; the scaler matters in fp16 alone
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
             stats += pair_stats(scores, sizes)
@@ -168,14 +188,22 @@ def main(cfg):
         seconds = time.perf_counter() - began
 
         # measure on held-out prompts now and then, and at the end
-        record = {"loss": loss, "accuracy": right / pairs, "lead": lead / pairs, "lr": lr, "norm": norm,
-                  "seconds": seconds}
+        record = {
+            "loss": loss,
+            "accuracy": right / pairs,
+            "lead": lead / pairs,
+            "lr": lr,
+            "norm": norm,
+            "seconds": seconds}
         last = step == cfg.max_steps
         measure = last or step % cfg.eval_every == 0
         if measure and len(val):
+            # ranked answers are few and soon known by heart: PPO should score with best.pt if val_loss rises again
             record["val_loss"], record["val_accuracy"] = evaluate(model, val, cfg, pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
+
+        # best.pt is the lowest validation loss, ckpt.pt the place from which the same command goes on
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
             save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
