@@ -6,7 +6,8 @@ DPO: learn from ranked answers directly, without a reward model and without samp
     torchrun --standalone --nproc_per_node=4 dpo.py config/poems_dpo.py --grad_accum=4
 
 in:  out/<SFT run>/ckpt.pt (policy and reference), data/<name>/ of kind pairs: two or more completions a prompt
-out: out/<run>/ckpt.pt (run the same command again to go on), best.pt (lowest validation loss), tokenizer.model, log.jsonl
+out: out/<run>/ckpt.pt (run the same command again to go on), best.pt (lowest validation loss), tokenizer.model,
+     log.jsonl
 
 Differs from the papers: (1) K ranked answers give K - 1 pairs, the best against each other, so that what is raised is
 always a best answer; (2) ipo, too, divides log-probs by the number of tokens, as its authors did in their experiments.
@@ -19,8 +20,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (all_sum, finish, load_model, log, lr_at, make_optimizers, micro_steps, no_grad_eval, optimizer_step,
-                    parallel, resume, save, set_lr, start)
+from common import (
+    all_sum, batch_starts, finish, load_model,
+    log, lr_at, make_optimizers, micro_steps,
+    no_grad_eval, optimizer_step, parallel, resume,
+    save, set_lr, start)
 from configurator import Count, NonNegative, Positive, Share, Whole, run
 from data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
 from lora import start_lora
@@ -81,16 +85,20 @@ def best_against_each(sizes, device="cpu"):
     weights = []
     first = 0
     for size in sizes:
-        chosen += [first] * (size - 1)
+        # row `first` holds the prompt's best answer, the rows behind it the others
+        n_pairs = size - 1
+        chosen += [first] * n_pairs
         rejected += range(first + 1, first + size)
-        weights += [1 / (size - 1) / len(sizes)] * (size - 1)
+        weights += [1 / n_pairs / len(sizes)] * n_pairs
         first += size
-    return [torch.tensor(column, device=device) for column in (chosen, rejected, weights)]
+    columns = (chosen, rejected, weights)
+    return [torch.tensor(column, device=device) for column in columns]
 
 
 def log1mexp(x):
     """log(1 - exp(x)) of x < 0; where exp(x) rounds to 1 it stays finite, and so does its gradient."""
-    return torch.log(-torch.expm1(x.clamp(max=-1e-6)))
+    x = x.clamp(max=-1e-6)
+    return torch.log(-torch.expm1(x))
 
 
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, cfg):
@@ -98,12 +106,14 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
 
     chosen, rejected: log-probs of the answers, summed over tokens; ref_…: the reference's; len_…: tokens. All (P).
     """
+    # how much likelier than under the reference; times beta, the reward that the policy itself implies (eq. 5)
     chosen_gain = chosen - ref_chosen
     rejected_gain = rejected - ref_rejected
     if cfg.loss not in ("dpo", "cdpo"):
         # the others compare log-probs a token; the reference of simpo and orpo is 0
         chosen_gain = chosen_gain / len_chosen
         rejected_gain = rejected_gain / len_rejected
+    # every loss wants a lead of the better answer; they differ in how large a lead is enough
     lead = chosen_gain - rejected_gain
     if cfg.loss == "dpo":            # arXiv 2305.18290, eq. 7
         losses = -F.logsigmoid(cfg.beta * lead)
@@ -118,25 +128,40 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
     elif cfg.loss == "orpo":         # arXiv 2403.07691, eq. 6 and 7: odds = p / (1 - p)
         log_odds = lead - log1mexp(chosen_gain) + log1mexp(rejected_gain)
         losses = -chosen_gain - cfg.beta * F.logsigmoid(log_odds)
+    # a lead grows as well when both answers become unlikely, the worse one faster: this holds the better one up
     losses = losses - cfg.nll_weight * chosen / len_chosen
     return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 
 
 def batch_loss(model, reference, batch, sizes, cfg, env):
     """Return the loss and STATS (7), both means over prompts. reference: None for losses that need none."""
-    logps, lengths = answer_logps(model, batch, env)                               # (R), (R): the answers of all prompts
+    # one forward pass scores every answer once, also the best one, which is in several pairs
+    logps, lengths = answer_logps(model, batch, env)                               # (R), (R)
     ref_logps = torch.zeros_like(logps)
     if reference is not None:
         with torch.no_grad():
             ref_logps, _ = answer_logps(reference, batch, env)
     chosen, rejected, weights = best_against_each(sizes, env.device)               # each (P)
     losses, chosen_reward, rejected_reward = preference_loss(
-        logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected], lengths[chosen], lengths[rejected], cfg)
+        logps[chosen],
+        logps[rejected],
+        ref_logps[chosen],
+        ref_logps[rejected],
+        lengths[chosen],
+        lengths[rejected],
+        cfg)
+    # what the log says, in the order of STATS
     margin = chosen_reward - rejected_reward
     ratios = logps - ref_logps
-    stats = torch.stack([losses, (margin > 0).float(), margin, logps[chosen], logps[rejected], ratios[chosen],
-                         ratios[rejected]]).detach()                               # (7, P)
-    return losses @ weights, stats @ weights
+    stats = torch.stack([                                                          # (7, P)
+        losses,
+        (margin > 0).float(),
+        margin,
+        logps[chosen],
+        logps[rejected],
+        ratios[chosen],
+        ratios[rejected]])
+    return losses @ weights, stats.detach() @ weights
 
 
 def evaluate(model, reference, split, cfg, pad_id, env):
@@ -144,27 +169,31 @@ def evaluate(model, reference, split, cfg, pad_id, env):
     n_prompts = min(cfg.eval_prompts, len(split.prompt_bounds()) - 1)
     sums = torch.zeros(len(STATS), device=env.device)
     with no_grad_eval(model):
-        for first in range(env.rank * cfg.batch_size, n_prompts, env.world * cfg.batch_size):
-            prompts = range(first, min(first + cfg.batch_size, n_prompts))
+        for first in batch_starts(n_prompts, cfg.batch_size, env):
+            end = min(first + cfg.batch_size, n_prompts)
+            prompts = range(first, end)
             batch, sizes = get_prompts(split, prompts, pad_id, env.device)
             _, stats = batch_loss(model, reference, batch, sizes, cfg, env)
             sums += stats * len(sizes)
-    return [total / n_prompts for total in all_sum([*sums], env)]
+    totals = all_sum([*sums], env)
+    return [total / n_prompts for total in totals]
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
+    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ models
     model, tokenizer, _ = load_model(cfg.init_from, env.device)
     pad_id = tokenizer.pad_id
-    # the reference is the model as it was: how far we have moved is measured from there
+    # the reference is the model as it was: how far we have moved is measured from there. It never learns
     reference = None
     if cfg.loss not in ("simpo", "orpo"):
         reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
+        # freeze it all, and learn a small change beside some of its matrices
         start_lora(model, cfg)
     stat_names = STATS if reference else STATS[:5]  # without a reference there are no ratios
     net = parallel(model, env)  # model, plus the exchange of gradients between processes
@@ -177,14 +206,18 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
     if env.main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
-        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, {epochs:.2f} epochs")
+        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
+              f"{epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop
     model.train()
     while step < cfg.max_steps:
+        # warm up, then come down, as in pretrain.py. Rates are small: a policy that moves far wins its pairs and loses
+        # its language
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
@@ -197,32 +230,42 @@ def main(cfg):
                 ptx_loss = cross_entropy(net(x), model.head_weight, y, weights)
             env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
 
-        # gradients of all micro-steps add up; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
         sums = torch.zeros(len(STATS), device=env.device)
         for i in micro:
             first = (step * cfg.grad_accum + i) * cfg.batch_size
+            # a prompt comes with all its answers
             prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
             batch, sizes = get_prompts(train, prompts, pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            # forward: log-probs of all answers under policy and reference, then the loss of every pair
             loss, stats = batch_loss(net, reference, batch, sizes, cfg, env)
+            # backward: the mean over micro-steps; the scaler matters in fp16 alone
             env.scaler.scale(loss / len(micro)).backward()
             sums += stats / cfg.grad_accum
 
-        # means over all processes, and whether one of them was asked to stop
+        # means over all processes, and whether one of them was asked to stop: then all must, after this very step
         *stats, stop = all_sum([*sums, len(env.signals)], env)
         norm = optimizer_step(model, optimizers, cfg, env)
         step += 1
         seconds = time.perf_counter() - began
 
-        # measure on held-out prompts now and then, and at the end
-        record = {**dict(zip(stat_names, stats)), "lr": lr, "norm": norm, "seconds": seconds}
+        # measure on held-out prompts now and then, and at the end. Watch chosen_logp: where it falls with the loss, the
+        # better answers become unlikely as well
+        record = dict(zip(stat_names, stats))
+        record["lr"] = lr
+        record["norm"] = norm
+        record["seconds"] = seconds
         last = step == cfg.max_steps
         measure = last or step % cfg.eval_every == 0
         if measure and len(val):
-            for name, value in zip(stat_names, evaluate(model, reference, val, cfg, pad_id, env)):
+            val_stats = evaluate(model, reference, val, cfg, pad_id, env)
+            for name, value in zip(stat_names, val_stats):
                 record[f"val_{name}"] = value
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
+
+        # best.pt is the lowest validation loss, ckpt.pt the place from which the same command goes on
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
             save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
