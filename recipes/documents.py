@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from configurator import check
 from recipes.records import Part, Skip, read_file, stem
-from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold
+from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, length, split_of, unfold
 
 ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # of a document, kept in memory
 ANY = 0  # the split it asks for
@@ -65,7 +65,7 @@ class Account:
                 hint = f"--fields=text:{name} learns it, --fields=text:{used.split(', ')[0]} leaves it out"
                 if cfg.kind != "text":
                     hint = "--fields=question:…,answer:… says which fields to learn"
-                is_fine = cfg.fields or name in known or characters <= tally.characters
+                is_fine = cfg.fields or name in known or characters <= tally.characters or cfg.kind == "prompts"
                 check(is_fine, f"{path}: the field {name}, which would be ignored, holds more text than all that is "
                       f"used ({used}). {hint}")
 
@@ -119,7 +119,7 @@ def read_documents(cfg, account):
                     note_skip(skip, where, counts)
                     continue
                 text = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
-                account.fields[path].add(notes, len(text))
+                account.fields[path].add(notes, length(content))
                 for reason, n in notes.cut.items():
                     counts["cut", reason] += n
                 if cfg.kind == "text" and len(text) < cfg.min_length:

@@ -214,7 +214,11 @@ def brief(value):
 def there(record):
     """Which fields there are, for an error message."""
     if isinstance(record, dict):
-        return f"the fields are {', '.join(map(str, record))}"
+        names = f"the fields are {', '.join(map(str, record))}"
+        for name, value in record.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict) and name not in CHAT - {"data"}:
+                names += f" (are the records in {name}? Write them out: jq -c '.{name}[]' FILE > FILE.jsonl)"
+        return names
     return f"the record is a {'list' if isinstance(record, list) else 'text'}"
 
 
@@ -255,7 +259,8 @@ def to_text(record, notes):
     if not any(parts):
         if {"text", "content"} & set(record):
             raise Skip("empty", f"{brief(record)}")
-        longest = max(record, key=lambda name: len(record[name]) if isinstance(record[name], str) else 0, default="…")
+        texts = {name: value for name, value in record.items() if isinstance(value, str)}
+        longest = max(texts, key=lambda name: len(texts[name]), default="…")
         raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns "
                    f"{longest}")
     for part in parts:
@@ -496,7 +501,7 @@ def to_conversation(record, notes):
     is_known = names & {"data", *TURNS} or names & set(QUESTION) and names & set(ANSWER)
     if messages and is_known:
         raise Skip("empty", "no question with an answer")
-    raise Skip("no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and "
+    raise Skip("no answer" if messages else "no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and "
                f"an answer ({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
 
 
@@ -578,6 +583,15 @@ def to_ranking(record, notes):
     if len(kept) < len(whole):
         notes.cut["tied or equal answers"] += len(whole) - len(kept)
     return {"prompt": prompts[0], "answers": kept}
+
+
+def length(content):
+    """Characters of text in what convert() returns."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, dict):
+        return length(content["prompt"]) + sum(map(len, content["answers"]))
+    return sum(len(message["content"]) for message in content)
 
 
 CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}

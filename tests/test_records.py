@@ -630,6 +630,8 @@ def test_one_instruction_with_many_instances(tok_file):
     ({"prompt": "问", "completion": "答", "label": False}, "pairs",
      "thumbs up or down of one answer: --kind=sft learns the good ones"),
     ({"prompt": "问", "good": "好", "bad": "坏"}, "pairs", "--fields=chosen:…,rejected:…"),
+    ({"question": "问", "answers": {"text": ["答"]}}, "sft", "no answer: the fields are question, answers; wanted"),
+    ({"version": 1, "data": [{"text": "诗"}]}, "text", "(are the records in data? Write them out: jq -c '.data[]' FILE"),
     ({"ask": "问"}, "prompts", "the fields are ask; wanted messages, or one of instruction, prompt"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "sft",
      "messages holds image_url"),
@@ -713,7 +715,14 @@ def test_an_ignored_field_with_most_of_the_text_stops_the_run(tok_file):
         run(tok_file)
     assert run(tok_file, fields="text:article").all_texts() == sorted(p * 20 for p in POEMS)
     assert run(tok_file, fields="text:text").all_texts() == sorted(POEMS)
-    # of chats, a long field that is known for what it is does not
+    # so it is with chats, whose prompts alone may be wanted
+    write("in/a.jsonl", [{"question": f"{i}？", "passage": "很长很长的一段话", "answer": "答"} for i in range(40)])
+    with pytest.raises(SystemExit, match="the field passage, which would be ignored.*--fields=question:…,answer:…"):
+        run(tok_file, kind="sft")
+    folder = run(tok_file, kind="sft", fields="question:passage,question:question,answer:answer", val_fraction=0.0)
+    assert all("一段话\n" in text for text in folder.texts())
+    assert run(tok_file, kind="prompts").meta["kept"] == 40
+    # a long field that is known for what it is does not
     write("in/a.jsonl", [{"prompt": p, "messages": messages("u:问", "a:" + p)} for p in POEMS])
     assert run(tok_file, kind="sft").meta["kept"] == 4
 
