@@ -15,3 +15,4 @@ eval_every = 275
 eval_prompts = 600
 
 log_every = 10
+dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 products prepare each anew
