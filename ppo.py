@@ -28,12 +28,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (all_sum, finish, load_model, load_reward_model, log, lr_at, make_optimizers, micro_steps,
-                    optimizer_step, parallel, resume, save, set_lr, start)
+from common import (
+    all_sum, finish, load_model, load_reward_model,
+    log, lr_at, make_optimizers, micro_steps,
+    optimizer_step, parallel, resume, save,
+    set_lr, start)
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import collate, mixed_rows, open_data, open_mixed, shuffled
 from generate import generate
-from loss import cross_entropy, score_answers, token_logps
+from loss import answer_ends, cross_entropy, score_answers, token_logps
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Config:
     no_eos_penalty: NonNegative = 2.0       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.1              # penalty a nat of distance from the reference
     # advantages
-    advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"  # gae has a critic, the others compare a prompt's answers
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"  # gae has a critic, the others compare answers
     group_size: Count = 1                   # answers a prompt; all but gae need at least 2
     gamma: Share = 1.0
     lam: Share = 0.95
@@ -94,7 +97,11 @@ class Config:
 
 def whiten(x, mask, env):
     """Shift and scale the entries of x (B, T) under mask to mean 0 and variance 1 over all processes."""
-    n, total, square = all_sum([mask.sum(), (x * mask).sum(), (x * x * mask).sum()], env)
+    # the size of a step should not depend on the scale of the rewards, nor its direction on their mean
+    n, total, square = all_sum([
+        mask.sum(),
+        (x * mask).sum(),
+        (x * x * mask).sum()], env)
     mean = total / max(n, 1)
     variance = max(square / max(n, 1) - mean ** 2, 0.0)
     return (x - mean) / (math.sqrt(variance) + 1e-8) * mask
@@ -106,8 +113,10 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
     Their sum over a row is score - kl_coef * log(pi(answer)/ref(answer)), the objective of Ziegler et al. 2019 (eq. 2).
     """
     rewards = -kl_coef * (logps - ref_logps) * mask
-    last = (mask * torch.arange(mask.size(1), device=mask.device)).argmax(dim=1)
-    rewards[torch.arange(len(scores), device=mask.device), last] += scores
+    # the score is of the whole answer, so it is known only where the answer ends
+    rows = torch.arange(len(scores), device=mask.device)
+    last = answer_ends(mask) - 1
+    rewards[rows, last] += scores
     return rewards
 
 
@@ -122,12 +131,15 @@ def gae(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(values[:, 0])
+    # from the last token to the first, since each advantage builds on that of the token behind it
     for t in reversed(range(values.size(1))):
         # what this token brought, beyond what the critic had expected
         delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # lam 0: trust the critic's word on what comes next; lam 1: wait for what really came
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t]
         next_advantage = advantages[:, t]
+    # returns are what the critic should have said
     return advantages, (advantages + values) * mask
 
 
@@ -138,12 +150,15 @@ def group_advantages(totals, group_size, kind):
     grpo: minus the group's mean, over its deviation (DeepSeekMath, sec. 4.1.2).
     dr_grpo: minus the group's mean: a deviation would favour prompts that are nearly solved (arXiv 2503.20783).
     """
-    groups = totals.view(-1, group_size)
+    # no critic: what was to be expected of an answer, the other answers to its prompt say
+    groups = totals.view(-1, group_size)                                           # (prompts, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if kind == "rloo":
+        # the group's mean contains the answer itself; its lead over the n - 1 others is n / (n - 1) times as large
         advantages = advantages * group_size / (group_size - 1)
     if kind == "grpo":
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
+        deviation = groups.std(dim=1, keepdim=True)
+        advantages = advantages / (deviation + 1e-4)
     return advantages.view(-1)
 
 
@@ -152,7 +167,8 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
     log_ratio = (logps - old_logps) * mask
     if cfg.ratio == "sequence":
         # GSPO (arXiv 2507.18071, eq. 7): the answer's ratio is the geometric mean of its tokens'
-        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / length
         log_ratio = mean * mask
     ratio = log_ratio.exp()
     low = 1 - cfg.clip
@@ -161,14 +177,20 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
         # MiniMax-M1 (arXiv 2506.13585, eq. 4): the clipped ratio weighs REINFORCE, so no token's gradient is lost
         loss = -ratio.clamp(max=high).detach() * advantages * logps
     else:
-        loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(low, high))
+        # the worse of two losses: a ratio that has left the range the way its advantage wants gains nothing by going on
+        plain = -advantages * ratio
+        clipped = -advantages * ratio.clamp(low, high)
+        loss = torch.max(plain, clipped)
     return (loss * mask).sum(), ratio
 
 
 def value_loss(values, old_values, returns, mask, clip):
     """Half the squared error, the larger of the clipped and the plain one, summed over answer tokens."""
+    # the critic, too, gains nothing by moving further than clip in one step
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    worse = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    error = (values - returns) ** 2
+    clipped_error = (clipped - returns) ** 2
+    worse = torch.max(error, clipped_error)
     return 0.5 * (worse * mask).sum()
 
 
@@ -187,12 +209,20 @@ def rollout(actor, prompts, group_size, stop_ids, pad_id, cfg, seed, env):
     One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
     """
     with env.autocast():
-        answers = generate(actor, prompts, cfg.max_new_tokens, temperature=cfg.temperature, stop_ids=stop_ids,
-                           pad_id=pad_id, seed=seed, group_size=group_size)
+        answers = generate(
+            actor,
+            prompts,
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            seed=seed,
+            group_size=group_size)
     documents = []
     for number, answer in enumerate(answers):
         prompt = list(prompts[number // group_size])
-        documents.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+        mask = [0] * len(prompt) + [1] * len(answer)
+        documents.append((prompt + answer, mask))
     return documents
 
 
@@ -209,6 +239,7 @@ def function_scorer(spec, tokenizer):
     def scorer(documents):
         scores = []
         for ids, mask in documents:
+            # rules read text, not ids
             begin = mask.index(1)
             prompt = tokenizer.decode(ids[:begin], skip_special=True)
             answer = tokenizer.decode(ids[begin:], skip_special=True)
@@ -231,12 +262,18 @@ def model_scorer(reward_model, pad_id, env):
 @torch.no_grad()
 def all_logps(model, batch, cfg, env):
     """Log-prob of each answer token under a model, (B, T), computed batch_size rows at a time."""
+    # by the same function, and in parts of the same size, as in the update: otherwise the first ratio would not be 1
     parts = []
     for first in range(0, len(batch["ids"]), cfg.batch_size):
         rows = slice(first, first + cfg.batch_size)
         with env.autocast():
-            parts.append(token_logps(model, batch["ids"][rows], batch["targets"][rows], batch["mask"][rows],
-                                     cfg.temperature))
+            logps = token_logps(                                                   # (rows, T)
+                model,
+                batch["ids"][rows],
+                batch["targets"][rows],
+                batch["mask"][rows],
+                cfg.temperature)
+        parts.append(logps)
     return torch.cat(parts)
 
 
@@ -247,7 +284,8 @@ def all_values(critic, batch, cfg, env):
     for first in range(0, len(batch["ids"]), cfg.batch_size):
         rows = slice(first, first + cfg.batch_size)
         with env.autocast():
-            parts.append(critic(batch["ids"][rows]) * batch["mask"][rows])
+            values = critic(batch["ids"][rows])                                    # (rows, T)
+        parts.append(values * batch["mask"][rows])
     return torch.cat(parts)
 
 
@@ -255,11 +293,16 @@ def summary(batch, env):
     """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
     that ended, and entropy (nats a token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
-    rows = {"score": batch["score"], "kl": log_ratio.sum(1), "length": batch["mask"].sum(1), "eos_share": batch["ended"],
-            "entropy": -batch["logps"].sum(1)}
+    rows = {
+        "score": batch["score"],
+        "kl": log_ratio.sum(1),
+        "length": batch["mask"].sum(1),
+        "eos_share": batch["ended"],
+        "entropy": -batch["logps"].sum(1)}
     if "watched" in batch:
         rows["watched"] = batch["watched"]
-    n, *sums = all_sum([len(log_ratio)] + [values.sum() for values in rows.values()], env)
+    totals = [values.sum() for values in rows.values()]
+    n, *sums = all_sum([len(log_ratio), *totals], env)
     means = {name: total / n for name, total in zip(rows, sums)}
     means["entropy"] /= max(means["length"], 1e-8)
     return means
@@ -267,22 +310,27 @@ def summary(batch, env):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    check(cfg.advantage == "gae" or cfg.group_size > 1, f"advantage={cfg.advantage} compares answers to one prompt: give "
-          f"--group_size=4, not {cfg.group_size}")
+    check(cfg.advantage == "gae" or cfg.group_size > 1, f"advantage={cfg.advantage} compares answers to one prompt: "
+          f"give --group_size=4, not {cfg.group_size}")
     rows_a_micro_step = cfg.batch_size * cfg.group_size
-    check(cfg.minibatches <= rows_a_micro_step, f"minibatches={cfg.minibatches} of only {rows_a_micro_step} answers in a "
-          "micro-step (batch_size * group_size): lower --minibatches or raise --batch_size")
+    check(cfg.minibatches <= rows_a_micro_step, f"minibatches={cfg.minibatches} of only {rows_a_micro_step} answers in "
+          "a micro-step (batch_size * group_size): lower --minibatches or raise --batch_size")
+    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
     env = start(cfg)
-    if env.dtype == torch.float16:  # many losses a step, and none of them scaled against underflow
+    if env.dtype == torch.float16:
+        # there are many losses a step, and none of them is scaled against underflow
         env.dtype = torch.float32
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ models
+    # four models: the actor answers and learns; the reference is the actor as it was; the reward model scores whole
+    # answers; the critic foretells the score from the answer's beginning
     # always in evaluation mode: there is no dropout, and the router bias of a mixture of experts stays frozen
     actor, tokenizer, _ = load_model(cfg.init_from, env.device)
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     critic = None
     if cfg.advantage == "gae":
+        # a reward model's weights already know what raises a score
         critic = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer)
@@ -309,10 +357,15 @@ def main(cfg):
         """Steps 2 and 3 on answers: a dict of tensors, (B, T) or (B)."""
         ids, targets, mask = collate(documents, pad_id, env.device)
         ended = [document[-1] in stop_ids for document, _ in documents]
-        batch = {"ids": ids, "targets": targets, "mask": mask, "ended": torch.tensor(ended, device=env.device).float()}
-        batch["score"] = scorer(documents).to(env.device)
+        batch = {
+            "ids": ids,
+            "targets": targets,
+            "mask": mask,
+            "ended": torch.tensor(ended, device=env.device).float(),
+            "score": scorer(documents).to(env.device)}
         if watcher:
             batch["watched"] = watcher(documents).to(env.device)
+        # all of it before the first update: afterwards the actor is another
         batch["logps"] = all_logps(actor, batch, cfg, env)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)
         if critic:
@@ -326,26 +379,31 @@ def main(cfg):
         end = (env.rank + 1) * n_prompts // env.world
         prompts = [val.document(i)[0].tolist() for i in range(first, end)]
         documents = rollout(actor, prompts, 1, stop_ids, pad_id, cfg, cfg.seed + first, env)
-        return {f"val_{name}": value for name, value in summary(describe(documents), env).items()}
+        means = summary(describe(documents), env)
+        return {f"val_{name}": value for name, value in means.items()}
 
     # ------------------------------------------------------------------------ optimizer
+    # two optimizers with a rate each: the critic may move fast, the actor must not
     actor_optimizers = make_optimizers(actor, cfg)
     critic_optimizers = make_optimizers(critic, cfg, cfg.critic_lr) if critic else []
     optimizers = actor_optimizers + critic_optimizers
     step, _, _ = resume(cfg, env, actor, optimizers, tokenizer, critic)
     can_evaluate = min(cfg.eval_prompts, len(val)) >= env.world
     if step == 0 and can_evaluate:
+        # where it starts from, to compare with
         log(cfg, env, step, evaluate())
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
+        # warm up, then come down, as in pretrain.py
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
 
         # (1) generate: each process answers the prompts of its micro-steps. An answer's random numbers follow from its
         # place among all answers of the step, so they do not depend on who generates it
-        step_seed = int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0])
+        sequence = np.random.SeedSequence([cfg.seed, step])
+        step_seed = int(sequence.generate_state(1)[0])
         documents = []
         for i in micro:
             first = (step * cfg.grad_accum + i) * cfg.batch_size
@@ -363,22 +421,32 @@ def main(cfg):
 
         # (4) a reward for each token: the KL penalty everywhere, the score at the end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])
+        # an answer that was cut is worth less than its score, or the model would learn never to end
         kl_in_loss = cfg.advantage in ("grpo", "dr_grpo")
-        rewards = token_rewards(scores, batch["logps"], batch["ref_logps"], mask, 0.0 if kl_in_loss else cfg.kl_coef)
+        rewards = token_rewards(                                                   # (B, T)
+            scores,
+            batch["logps"],
+            batch["ref_logps"],
+            mask,
+            0.0 if kl_in_loss else cfg.kl_coef)
 
         # (5) advantages: how much better than expected, by the critic or by the other answers to the prompt
         if critic:
             advantages, batch["returns"] = gae(rewards, batch["values"], mask, cfg.gamma, cfg.lam)
             batch["advantages"] = whiten(advantages, mask, env)
         else:
-            totals = rewards.sum(1)
-            batch["advantages"] = group_advantages(totals, cfg.group_size, cfg.advantage)[:, None] * mask
+            totals = rewards.sum(1)                                                # (B)
+            advantages = group_advantages(totals, cfg.group_size, cfg.advantage)
+            # every token of an answer gets the answer's advantage
+            batch["advantages"] = advantages[:, None] * mask                       # (B, T)
             if cfg.skip_flat_groups:
                 # nothing can be learned where all answers are worth the same: such tokens do not count in the means
-                flat = totals.view(-1, cfg.group_size).std(dim=1) < 1e-6
-                batch["mask"] = mask * (~flat).float().repeat_interleave(cfg.group_size)[:, None]
+                flat = totals.view(-1, cfg.group_size).std(dim=1) < 1e-6           # (prompts)
+                kept = (~flat).float().repeat_interleave(cfg.group_size)           # (B)
+                batch["mask"] = mask * kept[:, None]
 
-        # (6) update: a few passes over the answers, an optimizer step for each minibatch
+        # (6) update: a few passes over the answers, an optimizer step for each minibatch. Answers take long to make, so
+        # they are used more than once: the ratio corrects for the actor having moved since, the clip limits how far
         stats = collections.Counter()
         learning = not critic or step >= cfg.critic_warmup
         first_ratio_error = 0.0
@@ -389,14 +457,16 @@ def main(cfg):
             # of each micro-step the same share goes into a minibatch, whichever process holds it
             rows = []
             for place, i in enumerate(micro):
-                order = np.random.default_rng([cfg.seed, step, epoch, i]).permutation(rows_a_micro_step)
+                rng = np.random.default_rng([cfg.seed, step, epoch, i])
+                order = rng.permutation(rows_a_micro_step)
                 rows.append(place * rows_a_micro_step + order[minibatch::cfg.minibatches])
             rows = torch.from_numpy(np.concatenate(rows)).to(env.device)
             n_tokens, n_rows = all_sum([batch["mask"][rows].sum(), len(rows)], env)
             # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
             weight = env.world / max(n_tokens, 1.0)
             if cfg.advantage == "dr_grpo":
-                weight = env.world / (n_rows * cfg.max_new_tokens)  # a long answer's tokens count as much as a short one's
+                # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
+                weight = env.world / (n_rows * cfg.max_new_tokens)
             parts = rows.split(cfg.batch_size)
             sums = collections.Counter()
 
@@ -410,26 +480,39 @@ def main(cfg):
                 (cfg.ptx_coef * loss * env.world).backward()
                 sums["ptx_loss"] += loss.item() * env.world
 
+            # a minibatch in parts that fit into memory; their gradients add up
             for part in parts:
                 b = {name: tensor[part] for name, tensor in batch.items()}
+                counted = b["mask"]                                                # (rows, T)
                 last_part = part is parts[-1]  # processes exchange gradients in the last backward pass
 
                 # actor: raise the log-probs of tokens that did better than expected
                 actor_net.require_backward_grad_sync = last_part
                 with torch.set_grad_enabled(learning):
                     with env.autocast():
-                        logps = token_logps(actor_net, b["ids"], b["targets"], b["mask"], cfg.temperature)
-                    loss, ratio = policy_loss(logps, b["logps"], b["advantages"], b["mask"], cfg)
+                        logps = token_logps(                                       # (rows, T)
+                            actor_net,
+                            b["ids"],
+                            b["targets"],
+                            counted,
+                            cfg.temperature)
+                    loss, ratio = policy_loss(logps, b["logps"], b["advantages"], counted, cfg)
                     if kl_in_loss:
-                        loss = loss + cfg.kl_coef * (k3(logps, b["ref_logps"]) * b["mask"]).sum()
+                        kl = k3(logps, b["ref_logps"])
+                        loss = loss + cfg.kl_coef * (kl * counted).sum()
                 if learning:
                     (loss * weight).backward()
-                off = (ratio.detach() - 1).abs() * b["mask"]
-                outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
+                # what to watch: how many ratios were clipped, and how far this step's updates have moved the actor
+                too_low = ratio < 1 - cfg.clip
+                too_high = ratio > 1 + (cfg.clip_high or cfg.clip)
+                outside = (too_low | too_high) * counted
+                moved = k3(b["logps"], logps.detach()) * counted
                 sums["policy_loss"] += loss.item() * weight
-                sums["clip_share"] += (outside * b["mask"]).sum().item() * weight
-                sums["step_kl"] += (k3(b["logps"], logps.detach()) * b["mask"]).sum().item() * weight
+                sums["clip_share"] += outside.sum().item() * weight
+                sums["step_kl"] += moved.sum().item() * weight
                 if update == 0:
+                    # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
+                    off = (ratio.detach() - 1).abs() * counted
                     first_ratio_error = max(first_ratio_error, off.max().item())
 
                 # critic: learn to expect the returns
@@ -437,10 +520,11 @@ def main(cfg):
                     critic_net.require_backward_grad_sync = last_part
                     with env.autocast():
                         values = critic_net(b["ids"])
-                    loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.clip)
+                    loss = value_loss(values, b["values"], b["returns"], counted, cfg.clip)
                     (loss * weight).backward()
                     sums["value_loss"] += loss.item() * weight
 
+            # the means over all processes, and for all of them the same decision
             totals = all_sum(list(sums.values()), env)
             sums = {name: total / env.world for name, total in zip(sums, totals)}
             if cfg.target_kl and sums["step_kl"] > cfg.target_kl:
@@ -469,6 +553,7 @@ def main(cfg):
         record["seconds"] = seconds
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and can_evaluate:
+            # a score that rises while val_kl runs away is the reward model being fooled: read the answers
             record.update(evaluate())
         log(cfg, env, step, record)
         if measure or stop:
