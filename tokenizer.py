@@ -32,10 +32,9 @@ LLAMA3_RANKS = 128_000
 PATTERNS = {
     151_643: QWEN_PATTERN,
     LLAMA3_RANKS: LLAMA3_PATTERN,
-    151_329: LLAMA3_PATTERN,
-    100_256: LLAMA3_PATTERN,
+    151_329: LLAMA3_PATTERN,  # GLM-4
+    100_256: LLAMA3_PATTERN,  # cl100k
 }
-FAMILIES = "Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 (151,329) and cl100k (100,256)"
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
@@ -185,7 +184,8 @@ def _training_lines(texts, max_characters):
     """Lines of at most 1,000 characters: the trainer silently leaves out those over 4,192 bytes."""
     for text in texts:
         for line in text[:max_characters].split("\n"):
-            yield from (line[i:i + 1000] for i in range(0, len(line), 1000))
+            for i in range(0, len(line), 1000):
+                yield line[i:i + 1000]
         max_characters -= len(text)
         if max_characters <= 0:
             return
@@ -261,7 +261,8 @@ def _load_tiktoken(data, path):
         several = [piece for piece in pieces if re.fullmatch(rb" ?\d\d+", piece)]
         if several:
             raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells"
-                             f" how this vocabulary cuts text. Known are {FAMILIES}")
+                             " how this vocabulary cuts text. Known are Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 "
+                             "(151,329) and cl100k (100,256)")
         pattern = QWEN_PATTERN
     specials = {}
     if len(pieces) == LLAMA3_RANKS:
