@@ -110,8 +110,8 @@ def choose_device(name):
 def choose_dtype(name, device):
     """Return the dtype of products: "auto", "float32", "bfloat16" or "float16"."""
     if name != "auto":
-        check(name == "float32" or device.type == "cuda", f"dtype={name} is for GPUs; on a CPU there are float32, and auto, "
-              "which takes bfloat16 where it is measured to be faster")
+        check(name == "float32" or device.type == "cuda", f"dtype={name} is for GPUs; on a CPU there are float32, and "
+              "auto, which takes bfloat16 where it is measured to be faster")
         return getattr(torch, name)
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -164,8 +164,8 @@ def lock(folder, env):
 
 def micro_steps(grad_accum, env):
     """Return the micro-steps of this rank. Which rows a micro-step holds does not depend on who computes it."""
-    check(grad_accum % env.world == 0, f"grad_accum={grad_accum} must be a multiple of the {env.world} processes: it is "
-          f"the total of micro-steps, shared among them. Try --grad_accum={env.world}")
+    check(grad_accum % env.world == 0, f"grad_accum={grad_accum} must be a multiple of the {env.world} processes: it "
+          f"is the total of micro-steps, shared among them. Try --grad_accum={env.world}")
     return range(env.rank, grad_accum, env.world)
 
 
@@ -185,7 +185,8 @@ def compile_blocks(model, cfg, env):
     if not compiler or not triton:
         cfg.compile = False
         if env.main:
-            print(f"note: {'Triton' if compiler else 'a C++ compiler'} is missing, so the model runs uncompiled (slower)")
+            print(f"note: {'Triton' if compiler else 'a C++ compiler'} is missing, so the model runs uncompiled "
+                  "(slower)")
         return
     for block in model.blocks:
         block.compile()
@@ -248,7 +249,7 @@ def orthogonalise(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): every direction of a matrix is learned equally.
+    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): all its directions are learned equally.
 
     The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so a learning rate means the same here
     and there. A group's "parts" are the rows of the matrices that lie in one parameter, like q, k and v: each is a
@@ -337,7 +338,7 @@ def parts_of(name, p, config):
 
 
 def lr_at(step, cfg):
-    """Learning rate of a step: linear warmup, then cosine down to min_lr, or (decay_steps > 0) flat and a linear fall."""
+    """Learning rate of a step: linear warmup, then cosine to min_lr, or (decay_steps > 0) flat and a linear fall."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     decay_steps = getattr(cfg, "decay_steps", 0)
@@ -479,7 +480,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # cut short, another format, or code where weights should be
-        check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of ours")
+        check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of "
+              "ours")
     wanted = {"stage", "model", "model_config", "fingerprint"}
     known = isinstance(checkpoint, dict) and wanted <= checkpoint.keys()
     check(known, f"{path} is not a checkpoint of this project")
@@ -507,8 +509,8 @@ def load_model(path, device="cpu"):
     check(checkpoint["stage"] != "reward", f"{path} is a reward model: it scores answers and writes none")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
-    check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is {tokenizer.fingerprint[:12]}, "
-          f"but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
+    check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
+          f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
     weights = checkpoint["model"]
     lora = checkpoint.get("lora")
     if lora:
@@ -622,8 +624,8 @@ def check_same_run(path, checkpoint, cfg, model, tokenizer):
     for key, value in ours.items():
         if theirs.get(key) != value:
             different.append(f"{key}={theirs.get(key)} there, {value} here")
-    check(not different, f"{path} is of another run: {'; '.join(different)}. Use its settings, choose another --out_dir, "
-          "or start again with --resume=False")
+    check(not different, f"{path} is of another run: {'; '.join(different)}. Use its settings, choose another "
+          "--out_dir, or start again with --resume=False")
 
 
 # ---------------------------------------------------------------------------- log

@@ -55,8 +55,8 @@ def open_data(folder, kind=None, fingerprint=None):
         meta = json.load(f)
     check(kind in (None, meta["kind"]), f"'{folder}' holds data of kind {meta['kind']}, this stage reads {kind}")
     check(fingerprint in (None, meta["fingerprint"]),
-          f"'{folder}' was made with tokenizer {meta['fingerprint'][:12]}, the checkpoint with {str(fingerprint)[:12]}. "
-          "Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
+          f"'{folder}' was made with tokenizer {meta['fingerprint'][:12]}, the checkpoint with {str(fingerprint)[:12]}"
+          ". Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
 
     def memmap(name, dtype, length):
         path = os.path.join(folder, name)
@@ -164,14 +164,14 @@ def open_mixed(folder, n_rows, tokenizer, max_seq_len, env):
         check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
     else:
         longest = np.diff(train.idx).max(initial=0)
-    check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare it again "
-          f"with --max_length={max_seq_len}")
+    check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare it "
+          f"again with --max_length={max_seq_len}")
     return train
 
 
 def mixed_rows(split, number, n_rows, seed, pad_id, env):
-    """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before (PPO-ptx,
-    InstructGPT, eq. 2): conversations, or pieces of a text.
+    """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before
+    (PPO-ptx, InstructGPT, eq. 2): conversations, or pieces of a text.
 
     Return ids, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
     """

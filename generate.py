@@ -150,8 +150,10 @@ def pick(logits, uniforms, temperature):
     # a rounded cdf does not end at exactly 1: draws are scaled to where it ends, and stay below that
     below_total = total.nextafter(torch.zeros_like(total))
     draw = torch.minimum(uniforms[:, None] * total, below_total)
-    ids = torch.searchsorted(cdf, draw, right=True)                                # the first token whose cdf exceeds it
-    # A sum made in parallel is not quite monotone: where the search lands on a token of probability 0, take the likeliest.
+    # the first token whose cdf exceeds the draw
+    ids = torch.searchsorted(cdf, draw, right=True)                                # (B, 1)
+    # A sum made in parallel is not quite monotone: where the search lands on a token of probability 0, take the
+    # likeliest
     allowed = probs.gather(1, ids) > 0
     likeliest = probs.argmax(-1, keepdim=True)
     return torch.where(allowed, ids, likeliest).squeeze(1)

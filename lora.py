@@ -64,8 +64,8 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
             layers[name] = module
     chosen = {name: layer for name, layer in layers.items() if re.search(rf"(^|\.)({targets})$", name)}
     known = sorted({name.split(".")[-1] for name in layers})
-    check(chosen and rank > 0, f"lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or more, "
-          f"the layers are {', '.join(known)}")
+    check(chosen and rank > 0, f"lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or "
+          f"more, the layers are {', '.join(known)}")
     # freeze all of it first: only what is added from here on will learn
     model.requires_grad_(False)
     for name, layer in chosen.items():

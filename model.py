@@ -57,8 +57,8 @@ class ModelConfig:
                 together = self.n_active_experts + self.n_shared_experts
                 self.expert_hidden_dim = 8 * math.ceil(self.hidden_dim / together / 8)
             if self.dim % 8 or self.expert_hidden_dim % 8:
-                raise ValueError(f"dim={self.dim} and expert_hidden_dim={self.expert_hidden_dim} must be multiples of 8 "
-                                 "in a mixture of experts")
+                raise ValueError(f"dim={self.dim} and expert_hidden_dim={self.expert_hidden_dim} must be multiples of "
+                                 "8 in a mixture of experts")
             if self.n_active_experts > self.n_experts:
                 raise ValueError(f"n_active_experts={self.n_active_experts} of only n_experts={self.n_experts}")
 
