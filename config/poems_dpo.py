@@ -11,13 +11,13 @@ beta = 0.1
 nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
 
 ptx_dir = "data/poems-sft" # some rows of instruction tuning in every step, so that the chat is not forgotten
-ptx_coef = 0.1
+ptx_coef = 0.3
 ptx_rows = 8
 
 batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 80
-lr = 5e-5
-min_lr = 5e-6
+lr = 4e-5
+min_lr = 4e-6
 warmup_steps = 10
 
 eval_every = 40
