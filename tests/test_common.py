@@ -387,7 +387,7 @@ def refused_resume(cfg, model, optimizers, tokenizer):
     env = Env(0, 1, torch.device("cpu"), torch.float32)
     with pytest.raises(SystemExit) as left:
         resume(cfg, env, model, optimizers, tokenizer)
-    if hasattr(env, "lock"):
+    if env.lock:
         env.lock.close()
     assert str(left.value).startswith("error: ") and "\n" not in str(left.value)
     return str(left.value)

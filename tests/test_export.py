@@ -94,15 +94,25 @@ def fuzzed(lines, n, bits=BITS, seed=7):
 
 
 @pytest.fixture(scope="module")
-def lines():
-    """Real text: of the recipes where they have been prepared, else of the README."""
-    files = sorted(glob.glob(f"{ROOT}/data/raw/*/*.jsonl"))[:4] or [f"{ROOT}/README_zh.md", f"{ROOT}/README.md"]
+def text():
+    """What the vocabularies here are trained on: the READMEs, whatever else lies around."""
+    return read_lines([f"{ROOT}/README_zh.md", f"{ROOT}/README.md"])
+
+
+@pytest.fixture(scope="module")
+def lines(text):
+    """Real text to encode: with that of the recipes, where they have been prepared."""
+    found = text + read_lines(sorted(glob.glob(f"{ROOT}/data/raw/*/*.jsonl"))[:4])
+    random.Random(3).shuffle(found)
+    return found[:3000]
+
+
+def read_lines(files):
     found = []
     for file in files:
         with open(file, encoding="utf-8") as f:
             found += [line.strip() for line, _ in zip(f, range(3000)) if line.strip()]
-    random.Random(3).shuffle(found)
-    return found[:3000]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +121,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tok(lines, place):
-    return train_tokenizer(lines, place / "bpe.model", 2000)
+def tok(text, place):
+    return train_tokenizer(text, place / "bpe.model", 2000)
 
 
 @pytest.fixture(scope="module")
-def characters(lines, place):
-    return train_tokenizer(lines, place / "characters.model", 3000, max_piece_length=1)
+def characters(text, place):
+    return train_tokenizer(text, place / "characters.model", 3000, max_piece_length=1)
 
 
 @pytest.fixture(scope="module")
