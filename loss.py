@@ -117,6 +117,40 @@ def cross_entropy(x, head_weight, targets, weights=None, compiled=False):
         compiled)
 
 
+def chunk_divergence(x, head_weight, teacher_x, teacher_head, temperature):
+    """KL(teacher || student) of each token, (N), both at this temperature."""
+    student = F.linear(x, head_weight).float() / temperature                       # (N, V)
+    teacher = F.linear(teacher_x, teacher_head).float() / temperature
+    divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+    return divergence.sum(-1)
+
+
+def distillation_loss(x, head_weight, teacher_x, teacher_head, weights, temperature):
+    """Return sum(weights * T^2 KL(teacher || student)) (Hinton et al. 2015, sec. 2; T^2 keeps the gradient's size).
+
+    x, teacher_x: hidden states (..., C) of both models; weights (...): 0 where nothing is learned.
+    """
+    learned = weights > 0
+    x = x[learned]                                                                 # (N, C)
+    teacher_x = teacher_x[learned]
+    weights = weights[learned]
+    loss = x.sum() * 0.0
+    size = chunk_size(len(head_weight), x.device)
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        # both models' logits of a chunk are forgotten and made again in the backward pass
+        divergence = checkpoint(
+            chunk_divergence,
+            x[part],
+            head_weight,
+            teacher_x[part],
+            teacher_head,
+            temperature,
+            use_reentrant=False)
+        loss = loss + (weights[part] * divergence).sum()
+    return temperature ** 2 * loss
+
+
 def text_loss(model, split, seq_len, batch_size, max_tokens, env):
     """Return (nats a token, bits a byte) on the first max_tokens of a split; rows are shared among the processes.
 

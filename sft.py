@@ -2,7 +2,8 @@
 Supervised fine-tuning: learn to answer, by continuing text in which only the assistant's words count.
 
     python sft.py config/poems_sft.py
-    python sft.py config/poems_sft.py --lora_rank=8 --lr=1e-3 --out_dir=out/poems-lora
+    python sft.py config/poems_sft.py --lora_rank=8 --optimizer=adamw --lr=1e-3 --out_dir=out/poems-lora
+    python sft.py config/poems_sft.py --teacher=out/big --out_dir=out/poems-distilled
     torchrun --standalone --nproc_per_node=4 sft.py config/poems_sft.py --grad_accum=4
 
 in:  data/<name>/ from prepare.py --kind=sft (train/val .bin .mask .idx, meta.json); a run to start from, out/<base>/
@@ -32,7 +33,7 @@ from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data
 from generate import generate
 from lora import start_lora
-from loss import cross_entropy
+from loss import cross_entropy, distillation_loss
 from tokenizer import render_chat
 
 
@@ -47,6 +48,10 @@ class Config:
     lora_rank: Whole = 0           # 0: train all weights
     lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    # distillation (Hinton et al. 2015)
+    teacher: str = ""              # a run with the same tokenizer, whose probabilities are learned beside the data
+    teacher_weight: Share = 0.5    # of that part of the loss, from 0 to 1
+    teacher_temperature: Positive = 1.0  # of both models in it
     # batch: a step sees batch_size * grad_accum rows, whatever the number of processes
     seq_len: Whole = 0             # tokens in a row; 0: all the model can see
     batch_size: Count = 16         # rows in a micro-step
@@ -181,6 +186,12 @@ def main(cfg):
         # freeze it all, and learn a small change beside some of its matrices
         start_lora(model, cfg)
     model.to(env.device)
+    teacher = None
+    if cfg.teacher:
+        teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
+        check(
+            teacher_tokenizer.fingerprint == tokenizer.fingerprint,
+            f"teacher={cfg.teacher} has another tokenizer than {cfg.init_from}: their probabilities cannot be compared")
     compile_blocks(model, cfg, env)
     net = parallel(model, env)  # model, plus the exchange of gradients between processes
 
@@ -243,12 +254,26 @@ def main(cfg):
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             # forward: the questions are read, but only the mask's tokens, the answers, are learned
             with env.autocast():
+                hidden = net(x, docs)                                              # (B, T, C)
+                weights = mask / n_learned
                 micro_loss = cross_entropy(
-                    net(x, docs),
+                    hidden,
                     model.head_weight,
                     y,
-                    mask / n_learned,
+                    weights,
                     cfg.compile)
+                if teacher:
+                    # distillation: learn how likely the teacher finds every token, not only which one stands here
+                    with torch.no_grad():
+                        teacher_hidden = teacher(x, docs)
+                    divergence = distillation_loss(
+                        hidden,
+                        model.head_weight,
+                        teacher_hidden,
+                        teacher.head_weight,
+                        weights,
+                        cfg.teacher_temperature)
+                    micro_loss = torch.lerp(micro_loss, divergence, cfg.teacher_weight)
             # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()
             loss += micro_loss.detach()

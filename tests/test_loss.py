@@ -353,3 +353,33 @@ def test_the_loss_of_a_text_is_shared_among_processes(monkeypatch):
     for rank in range(3):
         loss, bits = text_loss(model, val, 32, 3, 10**6, Env(rank, 3, torch.device("cpu"), torch.float32))
     assert all(part > 0 for part in parts) and (loss, bits) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_loss_equals_a_plain_loop(temperature, monkeypatch):
+    """Token by token: T^2 * sum p log(p / q), p and q at temperature T; gradients too; in chunks of 3 rows."""
+    monkeypatch.setattr(loss_file, "chunk_size", lambda vocab_size, device: 3)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    teacher_x = torch.randn(2, 5, 6, generator=g, dtype=torch.float64)
+    teacher_head = torch.randn(11, 6, generator=g, dtype=torch.float64)
+    weights = torch.tensor([[0, 0.1, 0.2, 0, 0.3], [0.1, 0, 0, 0.3, 0]], dtype=torch.float64)
+    got = loss_file.distillation_loss(x, head, teacher_x, teacher_head, weights, temperature)
+    want = 0
+    for b in range(2):
+        for t in range(5):
+            q = (head @ x[b, t] / temperature).softmax(0)
+            p = (teacher_head @ teacher_x[b, t] / temperature).softmax(0)
+            want = want + weights[b, t] * temperature ** 2 * (p * (p / q).log()).sum()
+    assert abs(got - want) < 1e-5
+    ours = torch.autograd.grad(got, (x, head))
+    theirs = torch.autograd.grad(want, (x, head))
+    for a, b in zip(ours, theirs):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_distillation_from_oneself_is_zero():
+    x = torch.randn(4, 8)
+    head = torch.randn(11, 8)
+    assert abs(loss_file.distillation_loss(x, head, x, head, torch.ones(4), 2.0)) < 1e-5

@@ -395,3 +395,12 @@ def test_two_ranks_count_the_load_of_all_experts_together(place):
     check_two_ranks(root, "moe-ranks", init_from=f"{root}/moe-two", grad_accum=4, batch_size=1)
     one, two = (load_checkpoint(f"{root}/moe-ranks-{name}")["model"]["blocks.1.ffn.bias"] for name in ("one", "two"))
     assert torch.equal(one, two) and one.abs().max() > 0
+
+
+def test_distilled_from_itself_there_is_nothing_to_learn(place):
+    """At weight 1 the loss is the divergence from the teacher: 0 at the first step, where both are the same model."""
+    root = place[0]
+    cfg = settings(root, out_dir=f"{root}/distilled", teacher=f"{root}/base", teacher_weight=1.0, max_steps=1)
+    sft.main(cfg)
+    with open(f"{root}/distilled/log.jsonl") as f:
+        assert abs(json.loads(f.readline())["loss"]) < 1e-5
