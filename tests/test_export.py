@@ -108,10 +108,13 @@ def lines(text):
 
 
 def read_lines(files):
+    """Lines of some files, at most 3,000 of each, without those that name a special token: other programs read it as one."""
     found = []
     for file in files:
         with open(file, encoding="utf-8") as f:
-            found += [line.strip() for line, _ in zip(f, range(3000)) if line.strip()]
+            for line, _ in zip(f, range(3000)):
+                if line.strip() and not any(name in line for name in SPECIAL_TOKENS):
+                    found.append(line.strip())
     return found
 
 
