@@ -134,24 +134,24 @@ def characters(text, place):
 
 
 @pytest.fixture(scope="module")
-def prefixed(lines, place):
+def prefixed(text, place):
     """As Llama 2's: a space before every text, no chat tokens."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(place / "prefixed"), vocab_size=2000, model_type="bpe",
+        sentence_iterator=iter(text), model_prefix=str(place / "prefixed"), vocab_size=2000, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
         character_coverage=0.98, hard_vocab_limit=False)
     return load_tokenizer(f"{place}/prefixed.model")
 
 
 @pytest.fixture(scope="module")
-def ranked(lines, place):
+def ranked(text, place):
     """A tiktoken rank file that cuts text as Qwen does, trained by the tokenizers library."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install transformers")
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    theirs.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(
+    theirs.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
         vocab_size=3000, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False))
     (place / "ranks").write_bytes(vocabulary.rank_file({**json.loads(theirs.to_str()), "added_tokens": []}))
     return load_tokenizer(place / "ranks")
@@ -183,10 +183,10 @@ def test_merges_by_hand():
 
 
 @pytest.mark.parametrize("name", ["tok", "characters", "prefixed", "ranked"])
-def test_ids_equal_the_tokenizers_library(name, lines, request):
+def test_ids_equal_the_tokenizers_library(name, text, request):
     t = request.getfixturevalue(name)
     theirs = library(t)
-    texts = lines + fuzzed(lines, 3000)
+    texts = text + fuzzed(text, 3000)
     ours = [t.encode(text) for text in texts]
     there = [encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
     assert [text for text, a, b in zip(texts, ours, there) if a != b] == []
@@ -209,12 +209,12 @@ def test_a_word_that_no_merges_lead_to(place):
     assert vocabulary.rank_file(vocabulary.tokenizer_json(tok)) == tok.data
 
 
-def test_foreign_vocabularies_are_refused(lines, place):
+def test_foreign_vocabularies_are_refused(text, place):
     def refused(message, **changes):
         settings = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
                         remove_extra_whitespaces=False)
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_prefix=str(place / "foreign"), vocab_size=1500, minloglevel=2,
+            sentence_iterator=iter(text), model_prefix=str(place / "foreign"), vocab_size=1500, minloglevel=2,
             character_coverage=0.98, hard_vocab_limit=False, **{**settings, **changes})
         foreign = load_tokenizer(f"{place}/foreign.model")
         run = save_run(place / "foreign", make("llama", foreign.vocab_size), foreign)
