@@ -12,17 +12,17 @@ group_size = 8
 skip_flat_groups = True
 batch_size = 16            # titles a step, 128 answers
 max_new_tokens = 96
-max_steps = 60
+max_steps = 180
 ppo_epochs = 1
 minibatches = 2
 kl_coef = 0.03
 no_eos_penalty = 0.5
-lr = 5e-4
+lr = 7e-4
 min_lr = 1e-5
 warmup_steps = 3
 
 ptx_dir = "data/poems-sft" # some rows of instruction tuning in every update, so that the chat is not forgotten
-ptx_coef = 0.02
+ptx_coef = 0.03
 ptx_rows = 16
 
-eval_every = 20
+eval_every = 60
