@@ -92,7 +92,7 @@ def convert(record, kind, fields=()):
     try:
         named = rename(record, fields) if fields else record
         content = CONVERTERS[kind](named, notes)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
     if not content:
         raise Skip("empty", brief(record))
@@ -529,7 +529,7 @@ def read_ranks(record, notes):
         if not ranks:
             order = as_list(take(record, notes, "order"), "order")
             ranks = [order.index(i) if i in order else None for i in range(len(answers))]
-        if len(ranks) != len(answers) or not all(isinstance(rank, (int, float)) for rank in ranks):
+        if not answers or len(ranks) != len(answers) or not all(isinstance(rank, (int, float)) for rank in ranks):
             raise Skip("no ranking", f"{len(answers)} responses, but ranks or order are {ranks}")
         return answers, ranks
     chosen = take(record, notes, *CHOSEN)
