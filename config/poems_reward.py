@@ -1,6 +1,6 @@
 # Reward model on poems-pairs: ranked poems (lists of 3 or 4) and idiom explanations (pairs), 10,600 prompts.
 #   python prepare.py poems-pairs
-#   python reward.py config/poems_reward.py      (2 cores, fp32: 5 minutes)
+#   python reward.py config/poems_reward.py      (2 cores: 4 minutes)
 data_dir = "data/poems-pairs"
 init_from = "out/poems-sft"
 out_dir = "out/poems-reward"
