@@ -52,7 +52,8 @@ def fail(message):
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         # torchrun closes with a report of its own; what stands in this file becomes the reason it gives
-        reason = {"message": f"error: {message}", "extraInfo": {"py_callstack": f"error: {message}", "timestamp": int(time.time())}}
+        error = f"error: {message}"
+        reason = {"message": error, "extraInfo": {"py_callstack": error, "timestamp": int(time.time())}}
         with open(report, "w", encoding="utf-8") as f:
             json.dump({"message": reason}, f)
     sys.exit(f"error: {message}")

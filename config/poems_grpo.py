@@ -1,5 +1,5 @@
-# GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model and
-# no critic: eight answers to each title are compared with each other.
+# GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model
+# and no critic: eight answers to each title are compared with each other.
 #   python prepare.py poems-prompts
 #   python ppo.py config/poems_grpo.py
 data_dir = "data/poems-prompts"
