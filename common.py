@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import changed, check
-from model import ModelConfig, ScalarModel, Transformer
+from model import ModelConfig, ScalarModel, Transformer, product_dtype
 from tokenizer import load_tokenizer
 
 # dense bf16 TFLOP/s of common GPUs, from their data sheets (without sparsity)
@@ -236,15 +236,15 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(x):
-    """x (..., rows, columns) -> about U V', where x = U S V' is its singular value decomposition."""
+    """x (matrices, rows, columns) -> about U V', where x = U S V' is its singular value decomposition."""
     if x.size(-2) > x.size(-1):
         return orthogonalise(x.mT).mT  # of a matrix that lies down, X X' is the smaller square
     norm = x.norm(dim=(-2, -1), keepdim=True)
     x = x / (1.02 * norm + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
-        polynomial = b * square + c * square @ square
-        x = a * x + polynomial @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)        # b square + c square @ square
+        x = torch.baddbmm(x, polynomial, x, beta=a)                                # a x + polynomial @ x
     return x
 
 
@@ -253,7 +253,7 @@ class Muon(torch.optim.Optimizer):
 
     The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so a learning rate means the same here
     and there. A group's "parts" are the rows of the matrices that lie in one parameter, like q, k and v: each is a
-    matrix of its own. Matrices of one shape are orthogonalised together, in bf16 on GPUs and in fp32 elsewhere.
+    matrix of its own. Matrices of one shape are orthogonalised together, under autocast in its dtype.
     """
 
     def __init__(self, groups, lr, weight_decay=0.0, momentum=0.95):
@@ -275,9 +275,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape[matrix.shape].append((matrix, part, group))
         for shape, matrices in same_shape.items():
             updates = torch.stack([part for _, part, _ in matrices])               # (matrices, rows, columns)
-            if updates.is_cuda:
-                updates = updates.bfloat16()
-            updates = orthogonalise(updates)
+            updates = orthogonalise(updates.to(product_dtype(updates)))
             for (matrix, _, group), update in zip(matrices, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
@@ -371,8 +369,9 @@ def optimizer_step(model, optimizers, cfg, env):
     check(finite or env.scaler.is_enabled(), f"the gradient's norm is {norm}. {cfg.out_dir}/ckpt.pt is the last good "
           f"checkpoint, if it is there; lower --lr (now {cfg.lr}) or raise --warmup_steps")
     if finite:
-        for optimizer in optimizers:
-            env.scaler.step(optimizer)
+        with env.autocast():  # for Muon's products
+            for optimizer in optimizers:
+                env.scaler.step(optimizer)
     env.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

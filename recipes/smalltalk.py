@@ -2,6 +2,7 @@
 Small talk for the quickstart's chat model: who it is, greetings, thanks, goodbyes, what it can do.
 
     conversations()     [(question, answer)], every way to ask with an answer of its own line
+    tool_talks(rng, n)  records of conversations in which the model calls a tool and says what came back
     HELD_OUT            ways to ask who it is that are never trained on: recipes/poems_eval.py asks them
 
 A line of TALK: ways to ask, split at /, then ways to answer, split at /.
@@ -69,3 +70,48 @@ def conversations():
             for answer in answers.split("/"):
                 pairs.append((question, answer))
     return pairs
+
+
+# ---------------------------------------------------------------------------- tools
+
+GET_WEATHER = {"name": "get_weather", "parameters": {"city": "城市"}}
+GET_TIME = {"name": "get_time", "parameters": {}}
+
+CITIES = """
+北京 上海 天津 重庆 广州 深圳 杭州 南京 苏州 武汉 成都 西安 长沙 郑州 青岛 大连 厦门 福州 昆明 贵阳 南宁 海口 合肥 济南
+太原 沈阳 长春 兰州 西宁 拉萨""".split()
+WEATHER = "晴 多云 阴 小雨 大雨 小雪 大雪 雾".split()
+
+ASK_WEATHER = "{city}今天天气怎么样？ {city}的天气怎么样？ {city}现在天气如何？ 帮我查一下{city}的天气。 今天{city}的天气好吗？".split()
+ASK_TIME = "现在几点了？ 几点了？ 现在是什么时候？ 请问现在几点？ 告诉我现在的时间。".split()
+
+
+def tool_talks(rng, count):
+    """Return records {tools, messages}: the system message offers tools, the model calls one, reads its result, answers.
+
+    The tools are few and their schemas short, so that a conversation fits into a row of the quickstart.
+    """
+    records = []
+    for _ in range(count):
+        if rng.random() < 0.7:
+            city = rng.choice(CITIES)
+            question = rng.choice(ASK_WEATHER).format(city=city)
+            tool = GET_WEATHER
+            arguments = {"city": city}
+            result = f"{rng.choice(WEATHER)}，{rng.randint(-5, 35)}度"
+            answer = f"{city}今天{result}。"
+        else:
+            question = rng.choice(ASK_TIME)
+            tool = GET_TIME
+            arguments = {}
+            result = f"{rng.randint(0, 23)}:{rng.randint(0, 59):02d}"
+            answer = f"现在是{result}。"
+        call = {"name": tool["name"], "arguments": arguments}
+        records.append({
+            "tools": [tool],
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": result},
+                {"role": "assistant", "content": answer}]})
+    return records

@@ -576,7 +576,7 @@ def test_orthogonalise_against_an_svd(rows, columns, condition, size):
     """Singular values close to 1, directions those of U V'. Five steps leave them within 15 %."""
     values = size * torch.logspace(0, -math.log10(condition), min(rows, columns))
     x, wanted = with_singular_values(values, rows, columns)
-    got = orthogonalise(x)
+    got = orthogonalise(x[None])[0]
     found = torch.linalg.svdvals(got)
     assert 0.85 < found.min() and found.max() < 1.15
     assert (got - wanted).norm() < 0.15 * wanted.norm()
@@ -590,8 +590,24 @@ def test_orthogonalise_many_at_once_and_nothing():
     together = orthogonalise(x)
     assert together.shape == (5, 24, 8)
     for one, of_all in zip(x, together):
-        assert (orthogonalise(one) - of_all).abs().max() < 1e-5
+        assert (orthogonalise(one[None])[0] - of_all).abs().max() < 1e-5
     assert not orthogonalise(torch.zeros(2, 4, 4)).any()  # no gradient, no step, no NaN
+
+
+def test_muon_multiplies_in_the_dtype_of_products():
+    """Where products are in bf16, Muon's are, and the step differs by no more than bf16 rounds."""
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(32, 64, bias=False)
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.randn(64, 32)
+        env = Env(0, 1, torch.device("cpu"), dtype)
+        optimizer_step(layer, [Muon([layer.weight], lr=0.1)], adamw(), env)
+        assert layer.weight.dtype == torch.float32
+        steps.append(layer.weight.detach() - before)
+    exact, rounded = steps
+    assert 0 < (exact - rounded).norm() < 0.03 * exact.norm()
 
 
 def polynomial(x):
