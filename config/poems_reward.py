@@ -7,7 +7,7 @@ out_dir = "out/poems-reward"
 
 batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 550
-lr = 8e-4
+lr = 3e-4                  # at 8e-4 it forgets what it knew of idioms: 56 % of their pairs instead of 81 %
 min_lr = 3e-5
 warmup_steps = 20
 
