@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every stage on real Chinese text, on a laptop: about 20 minutes on 2 CPU cores after the downloads; a GPU is used if
 # there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
+#   bash runs/quickstart.sh --dtype=float32     settings go to pretraining and instruction tuning
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 trap 'exit 130' INT  # a stage that is interrupted saves and leaves; the next one must not start
@@ -13,12 +14,12 @@ prepare poems
 prepare poems-famous  # already there, unless the line above was interrupted
 
 say "2. pretraining"
-python pretrain.py config/poems.py
+python pretrain.py config/poems.py "$@"
 python sample.py 床前明月光 --temperature=0 --max_new_tokens=40
 
 say "3. instruction tuning"
 prepare poems-sft
-python sft.py config/poems_sft.py
+python sft.py config/poems_sft.py "$@"
 printf '“守株待兔”是什么意思？\n它出自哪里？\n请举一个例子。\n' |
     python sample.py --chat=True --out_dir=out/poems-sft --max_new_tokens=96 --temperature=0.7
 
