@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import tarfile
 import zipfile
@@ -10,9 +11,10 @@ import zipfile
 import pytest
 
 from conftest import ROOT
-from recipes import poems, smalltalk
+from recipes import poems, schemas, smalltalk
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+WITH_TOOL = ["user", "assistant", "tool", "assistant"]
 REAL = os.path.join(ROOT, "data", "raw")
 
 
@@ -51,6 +53,22 @@ def test_without_pypinyin(monkeypatch):
     poems.rhyme_classes.cache_clear()
     with pytest.raises(SystemExit, match="pip install pypinyin"):
         poems.rhyme(QUIET_NIGHT)
+
+
+def test_tool_talks():
+    """The call is what the server reads as one; the answer says what the tool said; what was asked is what is called."""
+    records = smalltalk.tool_talks(random.Random(0), 200)
+    names = set()
+    for record in records:
+        system, question, call, result, answer = schemas.to_conversation(record, schemas.Notes())
+        (offered,) = record["tools"]
+        assert system["content"].strip() == schemas.list_tools([offered])
+        made = json.loads(call["content"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        assert made["name"] == offered["name"] and made["arguments"].keys() == offered["parameters"].keys()
+        assert all(value in question["content"] for value in made["arguments"].values())
+        assert result["role"] == "tool" and result["content"] in answer["content"]
+        names.add(made["name"])
+    assert names == {"get_weather", "get_time"}
 
 
 # ---------------------------------------------------------------- cleaning
@@ -215,7 +233,9 @@ def test_other_recipes(raw):
     assert ("谁开发了你？", "我是明月，由mingyue开发。") in talks and ("你好", "嗨，你好") in talks
     assert not {t[0] for t in talks} & set(smalltalk.HELD_OUT)  # these ways to ask who it is are kept for measuring
     assert not any("政府" in t[0] or t[0] == "hi" for t in talks)
-    assert all([m["role"] for m in r["messages"]] == ["user", "assistant"] * (len(r["messages"]) // 2) for r in sft)
+    for r in sft:
+        alternating = ["user", "assistant"] * (len(r["messages"]) // 2)
+        assert [m["role"] for m in r["messages"]] == (WITH_TOOL if "tools" in r else alternating)
     held = {p["title"]: p for p in poems.load_heldout(str(raw))[0]}
     asked = [r for r in sft if re.search("《题..》|“题..”", r["messages"][0]["content"])]
     assert asked
