@@ -557,8 +557,20 @@ def test_too_little_text(settings, data, tmp_path, other_data):
     assert folder in message and "fewer than one row of seq_len=32" in message
     message = leaves(settings(anneal_dir=folder, anneal_steps=2, anneal_rows=1))
     assert folder in message and "fewer than one row" in message
+
+
+def test_without_held_out_text_it_trains_and_says_so_once(settings, data, tmp_path, capsys):
     folder = write_folder(tmp_path / "no_val", data + "/tokenizer.model", ["一，二，" * 50], [])
-    assert f"{folder} has no text held out" in leaves(settings(data_dir=folder))
+    cfg = settings(data_dir=folder, max_steps=4, eval_every=2)
+    main(cfg)
+    assert capsys.readouterr().out.count(f"no held-out text: {folder}") == 1
+    assert "best.pt" not in os.listdir(cfg.out_dir) and not any("val_loss" in r for r in log_of(cfg.out_dir))
+    assert load_checkpoint(cfg.out_dir)["step"] == 4
+    # it goes on like any other run, and whatever reads a run reads this one
+    main(dataclasses.replace(cfg, max_steps=6))
+    model, tokenizer, checkpoint = load_model(cfg.out_dir)
+    assert checkpoint["step"] == 6 and checkpoint["best_val"] == math.inf
+    assert generate(model, [letters(tokenizer, "一二")], 3, temperature=0)
 
 
 def test_rows_longer_than_the_model_sees(settings):
