@@ -385,8 +385,11 @@ def call_tools(calls):
 def list_tools(tools):
     """The tools a model may call, as text for the system message: one JSON a line."""
     tools = from_json(tools)
-    tools = tools if isinstance(tools, list) else [tools]
-    lines = [tool if isinstance(tool, str) else as_json(tool) for tool in tools]
+    lines = []
+    for tool in tools if isinstance(tools, list) else [tools]:
+        if isinstance(tool, dict):
+            tool = tool.get("function", tool)  # {"type": "function", "function": …} says no more than what is in it
+        lines.append(tool if isinstance(tool, str) else as_json(tool))
     return "\n".join(["<tools>", *lines, "</tools>"])
 
 

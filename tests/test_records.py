@@ -568,6 +568,8 @@ CALLED = '<tool_call>\n{"name": "weather", "arguments": {"day": 1}}\n</tool_call
      ['s:<tools>\n{"name": "weather"}\n</tools>', "u:天气？", f"a:{CALLED}", "t:晴", "a:晴天"]),
     ({"messages": messages("s:诗人", "u:问", "a:答"), "tools": [{"name": "甲"}, {"name": "乙"}]},
      ['s:诗人\n\n<tools>\n{"name": "甲"}\n{"name": "乙"}\n</tools>', "u:问", "a:答"]),
+    ({"messages": messages("u:问", "a:答"), "tools": [{"type": "function", "function": {"name": "甲"}}, {"name": "乙"}]},
+     ['s:<tools>\n{"name": "甲"}\n{"name": "乙"}\n</tools>', "u:问", "a:答"]),
 ])
 def test_conversation_schemas_of_the_field(record, turns):
     assert convert(record, "sft")[0] == messages(*turns)
