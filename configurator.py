@@ -11,6 +11,7 @@ begins with an underscore. `--help` prints every field with its type, default an
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -77,6 +78,12 @@ def run(main, Config, positional=None):
         if os.environ["RANK"] == "0":
             traceback.print_exc()
         fail(f"{type(error).__name__}: {error}")
+
+
+# Python started without the project's packages: the usual reason for an error on the very first command.
+for package in ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm"):
+    check(importlib.util.find_spec(package), f"{package} is not installed in this Python ({sys.executable}). Run "
+          "`source .venv/bin/activate`, or `pip install -r requirements.txt`")
 
 
 # ---------------------------------------------------------------------------- settings

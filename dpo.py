@@ -17,6 +17,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, NonNegative, Positive, Share, Whole, run
+
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +28,6 @@ from common import (
     log, lr_at, make_optimizers, micro_steps,
     no_grad_eval, optimizer_step, parallel, resume,
     save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Share, Whole, run
 from data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
 from lora import start_lora
 from loss import answer_logps, cross_entropy

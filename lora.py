@@ -15,11 +15,13 @@ import os
 import re
 from dataclasses import dataclass
 
+# first, as it says how to install what is missing
+from configurator import check, run
+
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import load_model, save_checkpoint, weights_hash
-from configurator import check, run
 
 
 @dataclass

@@ -25,6 +25,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+
 import numpy as np
 import torch
 
@@ -33,7 +36,6 @@ from common import (
     log, lr_at, make_optimizers, micro_steps,
     optimizer_step, parallel, resume, save,
     set_lr, start)
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import collate, mixed_rows, open_data, open_mixed, shuffled
 from generate import generate
 from loss import answer_ends, cross_entropy, score_answers, token_logps

@@ -32,10 +32,12 @@ import threading
 import time
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, Share, Whole, changed, check, run
+
 import numpy as np
 from tqdm import tqdm
 
-from configurator import Count, Share, Whole, changed, check, run
 from recipes.documents import ANY, VAL, Account, Documents
 from recipes.documents import cut_in_two, read_documents, write_documents
 from recipes.records import find_files

@@ -15,6 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,7 +27,6 @@ from common import (
     log, lr_at, make_optimizers, micro_steps,
     no_grad_eval, optimizer_step, parallel, peak_flops,
     resume, save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data, shuffled
 from generate import generate
 from loss import cross_entropy, text_loss

@@ -15,6 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, NonNegative, Positive, Whole, run
+
 import torch
 import torch.nn.functional as F
 
@@ -23,7 +26,6 @@ from common import (
     log, lr_at, make_optimizers, micro_steps,
     no_grad_eval, optimizer_step, parallel, resume,
     save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Whole, run
 from data import get_prompts, open_pairs, shuffled
 from loss import score_answers
 from model import ScalarModel

@@ -20,6 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+# first, as it says how to install what is missing
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,7 +32,6 @@ from common import (
     load_model, log, lr_at, make_optimizers,
     micro_steps, no_grad_eval, optimizer_step, parallel,
     resume, save, set_lr, start)
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 from data import open_data
 from generate import generate
 from lora import start_lora

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configurator
+from conftest import ROOT
 from configurator import Count, NonNegative, Positive, Share, Whole, changed, check, help_text, load_config, run
 
 
@@ -371,6 +372,17 @@ def test_settings_that_cannot_be_read_end_in_one_line_too(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit, match="error: lr wants a number, got 'fast'"):
         run(lambda cfg: None, Config)
+
+
+@pytest.mark.parametrize("words", [
+    *([f"{name}.py"] for name in ("prepare", "pretrain", "sft", "reward", "ppo", "dpo", "lora", "sample", "evaluate")),
+    ["-m", "tools.serve"], ["-m", "tools.export"]], ids=lambda words: words[-1])
+def test_without_the_packages_a_script_says_how_to_get_them(words):
+    """-S: a Python that knows nothing of what is installed in .venv."""
+    done = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == (
+        f"error: torch is not installed in this Python ({sys.executable}). Run `source .venv/bin/activate`, or "
+        "`pip install -r requirements.txt`\n")
 
 
 def test_a_console_without_chinese_prints_escapes():
