@@ -494,6 +494,30 @@ def test_an_error_under_torchrun_is_said_once(tmp_path):
     assert not [line for line in frames if "site-packages" not in line and "frozen" not in line], frames
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes of torchrun in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_is_named(settings, tmp_path, rank):
+    """kill -9 of one of two processes: no other waits for it for ever, torchrun says which one it was, and what was
+    saved before is whole."""
+    cfg = settings(max_steps=1_000_000, eval_every=2, batch_size=2, grad_accum=2, out_dir=str(tmp_path / "two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py"]
+    run = subprocess.Popen([*command, *(f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items())], cwd=ROOT, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in run.stdout:
+        if line.startswith("step 5/"):
+            break
+    with open(f"/proc/{run.pid}/task/{run.pid}/children") as f:
+        for pid in f.read().split():
+            with open(f"/proc/{pid}/environ") as environ:
+                if f"RANK={rank}" in environ.read().split("\0"):
+                    os.kill(int(pid), signal.SIGKILL)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 1
+    cause = said.split("Root Cause")[1]
+    assert f"rank      : {rank} (local_rank: {rank})" in cause and "(SIGKILL)" in cause
+    assert load_checkpoint(cfg.out_dir)["step"] >= 4
+
+
 def test_the_gradient_is_that_of_one_large_batch(settings, data):
     """Two micro-steps of 4 rows give the gradient of the 8 rows together (before clipping: the norm that is logged)."""
     cfg = settings(max_steps=1, warmup_steps=0)
