@@ -178,7 +178,8 @@ def write_documents(documents, folder, seed):
 
     with open(os.path.join(folder, "documents"), "wb") as f:
         table = np.fromiter(rows(), ROW)
-    table["end"].tofile(os.path.join(folder, "documents.ends"))
+    with open(os.path.join(folder, "documents.ends"), "wb") as f:
+        f.write(table["end"].tobytes())  # tofile() does not say that the disk is full
     return table
 
 
@@ -212,7 +213,8 @@ def cut_in_two(folder, val_fraction):
     ends = np.fromfile(path + ".ends", "i8")
     i = np.searchsorted(ends, size - len(text), side="right")
     ends = np.insert(ends, i, size - len(text))
-    ends.tofile(path + ".ends")
+    with open(path + ".ends", "wb") as f:
+        f.write(ends.tobytes())
     numbers = np.arange(len(ends))
     numbers[i + 1] += len(ends)  # counts as a copy: it is no record of its own
     return {"train": numbers[:i + 1], "val": numbers[i + 1:]}

@@ -4,6 +4,7 @@ import collections
 import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,12 +388,45 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing(tok_file):
         assert os.listdir("data") == []
 
 
-def test_a_full_disk_ends_in_one_line(tok_file):
+@pytest.fixture
+def small_disk(tmp_path):
+    """Make a disk of some kilobytes; data/ lies on it."""
+    os.mkdir("data")
+
+    def resize(kilobytes):
+        options = f"size={kilobytes}k" + (",remount" if os.path.ismount("data") else "")
+        mount = shutil.which("mount")
+        if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", options, "tmpfs", "data"]).returncode:
+            pytest.skip("may not mount a tmpfs here")
+
+    yield resize
+    if os.path.ismount("data"):
+        subprocess.run(["umount", "--lazy", "data"], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [100, 270, 330])
+def test_a_full_disk_keeps_the_old_folder_and_says_so(tok_file, small_disk, kilobytes):
+    """However far it comes: in the file of all documents, in that of their ends, in the tokens."""
+    corpus(40)
+    small_disk(1000)
+    old = read_all(run(tok_file))
+    write("in/c.jsonl", [{"text": f"{poem * 3}第{i}首"} for i, poem in enumerate(POEMS * 500)])
+    small_disk(kilobytes)
+    done = subprocess.run(command("x", "--input=in", f"--tokenizer={tok_file}", "--workers=1"), capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
+
+
+def test_a_file_that_may_not_grow_ends_in_one_line(tok_file):
     corpus(4000)
+    old = read_all(run(tok_file))
+    write("in/c.jsonl", [{"text": f"{poem}再{i}"} for i, poem in enumerate(POEMS * 1000)])
     limited = ["bash", "-c", 'ulimit -f 50; exec "$@"', "bash", *command("x", "--input=in", f"--tokenizer={tok_file}")]
     done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "File too large" in done.stderr
-    assert os.listdir("data") == []
+    assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
 
 
 # ---------------------------------------------------------------- one text, repetitions, unknown characters
