@@ -58,6 +58,7 @@ class Config:
     # cleaning
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped
     max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
+    near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (recipes/near_duplicates.py)
     max_skipped: Share = 0.05  # share of unusable records, unread bytes or unknown tokens above which the run stops
     # split
     val_fraction: Share = 0.005  # of the documents; a record's own "split": "train" or "val" comes first

@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import check
+from recipes.near_duplicates import Seen
 from recipes.records import Part, Skip, read_file, stem
-from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, length, split_of, unfold
+from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold, words
 
 ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # of a document, kept in memory
 ANY = 0  # the split it asks for
@@ -105,6 +106,7 @@ def read_documents(cfg, account):
     fields = read_names(cfg, "fields", CHAT | TEXT | {"split"})
     repeat = dict(read_names(cfg, "repeat", {stem(path) for path in files}))
     is_divided = any(split_of(stem(path)) == "train" for path in files)  # into files like train-00.jsonl, test-00.jsonl
+    seen = Seen(cfg.near_duplicates) if cfg.near_duplicates else None
     size = sum(map(os.path.getsize, files))
     with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
         for path in files:
@@ -119,11 +121,14 @@ def read_documents(cfg, account):
                     note_skip(skip, where, counts)
                     continue
                 text = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
-                account.fields[path].add(notes, length(content))
+                account.fields[path].add(notes, len(words(content)))
                 for reason, n in notes.cut.items():
                     counts["cut", reason] += n
                 if cfg.kind == "text" and len(text) < cfg.min_length:
                     counts["dropped", "too short"] += 1
+                    continue
+                if seen and seen.before(words(content)):
+                    counts["dropped", "near duplicate"] += 1
                     continue
                 yield text.encode(), SPLITS[notes.split or split], times
 

@@ -588,13 +588,13 @@ def to_ranking(record, notes):
     return {"prompt": prompts[0], "answers": kept}
 
 
-def length(content):
-    """Characters of text in what convert() returns."""
+def words(content):
+    """All text in what convert() returns."""
     if isinstance(content, str):
-        return len(content)
+        return content
     if isinstance(content, dict):
-        return length(content["prompt"]) + sum(map(len, content["answers"]))
-    return sum(len(message["content"]) for message in content)
+        return words(content["prompt"]) + "".join(content["answers"])
+    return "".join(message["content"] for message in content)
 
 
 CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}

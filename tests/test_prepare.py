@@ -429,6 +429,58 @@ def test_a_file_that_may_not_grow_ends_in_one_line(tok_file):
     assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
 
 
+# ---------------------------------------------------------------- near duplicates
+
+def random_text(rng, n):
+    return "".join(chr(rng.integers(0x4E00, 0x6E00)) for _ in range(n))
+
+
+def test_near_duplicates_are_dropped_and_counted(tok_file):
+    pytest.importorskip("datasketch", reason="pip install datasketch")
+    rng = np.random.default_rng(0)
+    texts = [random_text(rng, 400) for _ in range(40)]
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": text} for text in texts])
+    # 10 with a notice behind them (95 % the same), 10 of which the half is new (a third), 5 copies
+    notices = [{"text": text + "转载请注明出处，谢谢。"} for text in texts[:10]]
+    halves = [{"text": text[:200] + random_text(rng, 200)} for text in texts[10:20]]
+    write("in/b.jsonl", notices + halves + [{"text": text} for text in texts[20:25]])
+    folder = run(tok_file, near_duplicates=0.8, val_fraction=0.0)
+    assert folder.meta["dropped"] == {"near duplicate": 15} and folder.meta["kept"] == 50
+    assert run(tok_file, val_fraction=0.0).meta["dropped"] == {"duplicate": 5}
+    # of conversations the words count, not what they are wrapped in
+    write("in/a.jsonl", [{"prompt": f"{number}？", "response": text} for number, text in enumerate(texts)])
+    write("in/b.jsonl", [{"prompt": "问：0？", "response": texts[0]}, {"prompt": "0？", "response": "不知道。"}])
+    folder = run(tok_file, kind="sft", near_duplicates=0.8, val_fraction=0.0, max_length=2000)
+    assert folder.meta["dropped"] == {"near duplicate": 1} and folder.meta["kept"] == 41
+
+
+@pytest.mark.parametrize("shared", [0.5, 0.7, 0.9, 0.95])
+def test_near_duplicates_are_told_by_what_they_share(shared):
+    """Of 100 pairs that share this much: hardly any found below the threshold of 0.8, nearly all above it."""
+    pytest.importorskip("datasketch", reason="pip install datasketch")
+    from recipes.near_duplicates import Seen
+    rng = np.random.default_rng(1)
+    found = 0
+    seen = Seen(0.8)
+    for _ in range(100):
+        # of two texts of n pieces with m in common, the share is m / (2 n - m)
+        same = round(2 * 500 * shared / (1 + shared))
+        begin = random_text(rng, same)
+        assert not seen.before(begin + random_text(rng, 500 - same))
+        found += seen.before(begin + random_text(rng, 500 - same))
+    print(shared, found)
+    assert found < 15 if shared < 0.8 else found > 85
+
+
+def test_without_datasketch_it_says_what_to_install(tok_file, monkeypatch):
+    corpus(40)
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(SystemExit, match="pip install datasketch"):
+        run(tok_file, near_duplicates=0.8)
+    assert os.listdir("data") == []
+
+
 # ---------------------------------------------------------------- one text, repetitions, unknown characters
 
 def test_a_single_text_is_divided_by_position(tok_file, monkeypatch):
