@@ -77,6 +77,18 @@ def test_all_sum_alone():
     assert all_sum([torch.tensor(1.5), 2, True], ALONE) == [1.5, 2.0, 1.0]
 
 
+@pytest.mark.parametrize("device, dtype, words", [
+    ("gpu", "auto", "device='gpu': known are auto, cpu, mps, cuda and cuda:N"),
+    ("cpu", "bfloat16", "dtype=bfloat16 is for GPUs"), ("cpu", "float16", "dtype=float16 is for GPUs"),
+    ("cuda", "auto", "device=cuda, but PyTorch sees no GPU here"), ("mps", "auto", "device=mps, but PyTorch sees no A")])
+def test_a_machine_that_is_not_there_is_refused(monkeypatch, device, dtype, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as left:
+        common.choose_dtype(dtype, common.choose_device(device))
+    assert words in str(left.value) and "\n" not in str(left.value)
+
+
 def test_start_prints_what_was_changed(capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     env = start(pretrain.Config(device="cpu", dtype="float32", lr=0.5))
@@ -239,6 +251,15 @@ def test_a_checkpoint_that_lacks_or_adds_a_weight_is_refused(tmp_path, tokenizer
         save_checkpoint(str(tmp_path / "changed.pt"), checkpoint)
         with pytest.raises(RuntimeError, match="norm.weight|extra"):
             load_model(str(tmp_path / "changed.pt"))
+
+
+def test_a_reward_model_writes_no_text_and_no_other_run_scores(tmp_path, tokenizer):
+    a_run(tmp_path, tokenizer)
+    with pytest.raises(SystemExit, match="is a run of pretrain.py, wanted one of reward.py"):
+        common.load_reward_model(str(tmp_path))
+    save_checkpoint(str(tmp_path / "ckpt.pt"), {**load_checkpoint(str(tmp_path)), "stage": "reward"})
+    with pytest.raises(SystemExit, match="is a reward model: it scores answers and writes none"):
+        load_model(str(tmp_path))
 
 
 def test_a_model_and_the_tokenizer_beside_it_must_belong_together(tmp_path, tokenizer, other_tokenizer):

@@ -146,6 +146,12 @@ def test_it_learns_saves_and_can_be_loaded(settings, capsys):
     assert tokenizer.decode(generate(model, [prompt], 4, temperature=0)[0]) == "六七八九"
 
 
+def test_a_sample_start_longer_than_the_model_sees_costs_nothing(settings, capsys):
+    cfg = settings(max_steps=1, sample_start="一二" * 100)
+    main(cfg)
+    assert "sample: 一二" in capsys.readouterr().out and load_checkpoint(cfg.out_dir)["step"] == 1
+
+
 def test_the_vocabulary_is_padded_to_64(settings, data):
     cfg = settings(max_steps=1)
     main(cfg)

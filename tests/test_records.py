@@ -622,6 +622,48 @@ def test_one_instruction_with_many_instances(tok_file):
     assert sorted(folder.learned()) == ["moon<|im_end|>", "mountain<|im_end|>"] and folder.meta["read"] == 2
 
 
+# Records as published sets write them: question, two answers, a number → record. (UltraChat; MOSS as Firefly has it;
+# ranked outputs; parts of a content; HelpSteer-like pairs of messages; self-instruct; tools; KTO.)
+TOOL_TURNS = [{"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "晴"}]
+SHAPES = {
+    "data": ("sft", lambda q, good, bad, i: {"id": str(i), "data": [q, good]}),
+    "human assistant": ("sft", lambda q, good, bad, i: {
+        "conversation_id": i, "category": "Harmless", "conversation": [{"human": q, "assistant": good}]}),
+    "ranked outputs": ("pairs", lambda q, good, bad, i: {
+        "instruction": q, "input": "", "output": [good, bad] if good else [], "history": []}),
+    "parts": ("sft", lambda q, good, bad, i: {"messages": [
+        {"role": "user", "content": [{"type": "text", "value": q}]},
+        {"role": "assistant", "content": [{"type": "text", "value": good}]}]}),
+    "chosen_messages": ("pairs", lambda q, good, bad, i: {
+        "prompt": q, "chosen_messages": messages(f"u:{q}", f"a:{good}"),
+        "rejected_messages": messages(f"u:{q}", f"a:{bad}")}),
+    "self-instruct": ("sft", lambda q, good, bad, i: {
+        "id": f"seed_{i}", "instruction": q, "instances": [{"input": "", "output": good}], "is_classification": False}),
+    "tools": ("sft", lambda q, good, bad, i: {
+        "messages": messages(f"u:{q}") + (TOOL_TURNS if good else []) + messages(f"a:{good}"),
+        "tools": [{"type": "function", "function": {"name": "weather"}}]}),
+    "label": ("sft", lambda q, good, bad, i: {"prompt": q, "completion": good, "label": True}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_record_of_published_shapes_is_accounted_for(tok_file, shape):
+    """100 records, 5 of them copies, 3 without an answer; and a line that breaks off."""
+    kind, make = SHAPES[shape]
+    records = [make(f"{i}？", f"第{i}答" if i > 2 else "", "不", i) for i in range(95)]
+    records += records[50:55]
+    os.mkdir("in")
+    write("in/a.jsonl", records)
+    with open("in/a.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"prompt": "断\n')
+    folder = run(tok_file, kind=kind, val_fraction=0.0)
+    assert (folder.meta["read"], folder.meta["kept"]) == (101, 92) and folder.meta["dropped"] == {"duplicate": 5}
+    empty = "no ranked answers" if shape == "ranked outputs" else "empty"
+    assert folder.meta["skipped"] == {empty: 3, "broken JSON": 1}
+    learned = "".join(folder.learned())
+    assert all(f"第{i}答" in learned for i in range(3, 95))
+
+
 @pytest.mark.parametrize("record,kind,said", [
     ({"story": "很久以前", "instruction": {"words": []}, "summary": "短", "source": "x"}, "text",
      "the fields are story, instruction, summary, source; wanted text or content. --fields=text:story learns story"),
