@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from configurator import changed, check
 from model import ModelConfig, ScalarModel, Transformer, product_dtype
@@ -169,9 +170,15 @@ def micro_steps(grad_accum, env):
     return range(env.rank, grad_accum, env.world)
 
 
-def batch_starts(n, batch_size, env):
-    """Return where this rank's batches begin, of n rows that the processes measure together, batch by batch."""
-    return range(env.rank * batch_size, n, env.world * batch_size)
+def batch_starts(n, batch_size, env, even=False):
+    """Return where this rank's batches begin, of n rows that the processes measure together, batch by batch.
+
+    even: as many for each rank, the last perhaps behind the end. A model in shards computes only if all ranks call it.
+    """
+    stride = env.world * batch_size
+    if even:
+        n = math.ceil(n / stride) * stride
+    return range(env.rank * batch_size, n, stride)
 
 
 def compile_blocks(model, cfg, env):
@@ -261,7 +268,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        same_shape = defaultdict(list)  # shape: [(matrix, what to learn, its group)]
+        updates = []                    # [(parameter, what to learn, its group)]
+        same_shape = defaultdict(list)  # shape: [matrix, a view of what to learn]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -270,16 +278,20 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])
-                parts = group["parts"] or [len(p)]
-                for matrix, part in zip(p.split(parts), update.split(parts)):
-                    same_shape[matrix.shape].append((matrix, part, group))
+                if hasattr(update, "full_tensor"):
+                    update = update.full_tensor()  # a shard of a matrix is not enough: each process gathers them all
+                updates.append((p, update, group))
+                for matrix in update.split(group["parts"] or [len(p)]):
+                    same_shape[matrix.shape].append(matrix)
         for shape, matrices in same_shape.items():
-            updates = torch.stack([part for _, part, _ in matrices])               # (matrices, rows, columns)
-            updates = orthogonalise(updates.to(product_dtype(updates)))
-            for (matrix, _, group), update in zip(matrices, updates):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                matrix.add_(update.to(matrix.dtype), alpha=-rate)
+            stack = torch.stack(matrices)                                          # (matrices, rows, columns)
+            stack = orthogonalise(stack.to(product_dtype(stack)))
+            for matrix, result in zip(matrices, stack):
+                matrix.copy_(result)
+                matrix.mul_(0.2 * math.sqrt(max(shape)))
+        for p, update, group in updates:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(shard_like(update, p), alpha=-group["lr"])
 
 
 def make_optimizers(model, cfg, lr=None):
@@ -391,13 +403,53 @@ class DataParallel(DistributedDataParallel):
             return getattr(self.module, name)
 
 
-def parallel(model, env):
-    """Return what to train: the model, or with several processes a wrapper that replaces gradients by their mean over
-    them, bucket by bucket while the backward pass still runs, wherever `require_backward_grad_sync` is set."""
+def parallel(model, env, shard=False):
+    """Return what to train, on its device: the model, or with several processes a wrapper that replaces gradients by
+    their mean over them, bucket by bucket while the backward pass runs, wherever `require_backward_grad_sync` is set.
+
+    shard: no wrapper, but a model of which each process holds a part. Its gradients, too large to lie anywhere as a
+    whole, are replaced by parts of their mean in every backward pass.
+    """
+    if env.world > 1 and shard:
+        return shard_model(model, env)
+    model.to(env.device)
     if env.world == 1:
         return model
     # buffers are not broadcast: all ranks start alike, and ranks may need different numbers of forward passes
     return DataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def shard_model(model, env):
+    """Split weights, and with them gradients and optimizer state, among the processes (FSDP2; Zhao et al. 2023). A
+    block's weights are gathered when it computes, and forgotten when it has."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # seconds to import
+    mesh = dist.init_device_mesh(env.device.type, (env.world,))
+    # in the dtype of its products a block travels in half the time; gradients are still averaged in fp32
+    policy = MixedPrecisionPolicy(env.dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # the rest (embedding, norm, head) stays whole from the forward pass to the backward: the loss uses head_weight
+    return fully_shard(model, mesh=mesh)
+
+
+def shard_like(whole, p):
+    """Return this process's shard of a whole tensor where p is a shard, else the tensor as it is."""
+    if not hasattr(p, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def gather_shards(tree, env):
+    """Put whole tensors, in the memory of rank 0, in the place of all shards in nested dicts and lists."""
+
+    def gather(leaf):
+        if not hasattr(leaf, "full_tensor"):
+            return leaf
+        whole = leaf.full_tensor()  # all processes come here, to send their shards
+        return whole.cpu() if env.main else None
+
+    return tree_map(gather, tree)
 
 
 def all_sum(values, env):
@@ -445,19 +497,22 @@ def adapters_of(model):
 
 def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
     """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic, …"""
+    lora = getattr(model, "lora", None)
+    weights = adapters_of(model) if lora else model.state_dict()
+    weights = gather_shards(weights, env)
+    states = gather_shards([optimizer.state_dict() for optimizer in optimizers], env)
     if not env.main:
         return
-    lora = getattr(model, "lora", None)
     save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
     save_checkpoint(os.path.join(cfg.out_dir, name), {
         "stage": stage_of(cfg),
         "step": step,
-        "model": adapters_of(model) if lora else model.state_dict(),
+        "model": weights,
         "model_config": dataclasses.asdict(model.config),
         "lora": lora,
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": states,
         "scaler": env.scaler.state_dict(),
         **extra})
 
@@ -582,10 +637,17 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
         return 0, math.inf, None
     # the same weights, optimizers and step: the rows follow from the step, so nothing else need be known
     check_same_run(path, checkpoint, cfg, model, tokenizer)
-    model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
+    ours = model.state_dict()
+    weights = {name: shard_like(value, ours.get(name)) for name, value in checkpoint["model"].items()}
+    model.load_state_dict(weights, strict=not checkpoint.get("lora"))
     if critic:
         critic.load_state_dict(checkpoint["critic"], strict=True)
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        params = sum([group["params"] for group in optimizer.param_groups], [])
+        for number, values in state["state"].items():
+            for name, value in values.items():
+                if value.ndim:  # of the shape of its parameter; the count of steps is a single number
+                    values[name] = shard_like(value, params[number])
         optimizer.load_state_dict(state)
     env.scaler.load_state_dict(checkpoint["scaler"])
     step = checkpoint["step"]

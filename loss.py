@@ -160,12 +160,12 @@ def text_loss(model, split, seq_len, batch_size, max_tokens, env):
     n_rows = math.ceil(n_tokens / seq_len)
     nats = torch.zeros((), device=env.device)
     with no_grad_eval(model):
-        for first in batch_starts(n_rows, batch_size, env):
+        for first in batch_starts(n_rows, batch_size, env, even=True):
             # always whole batches, so that there is one shape to compile; -1 marks targets that do not count
             ids = np.zeros((batch_size, seq_len), dtype=np.int64)
             targets = np.full((batch_size, seq_len), -1, dtype=np.int64)
             start = first * seq_len
-            n = min(batch_size * seq_len, n_tokens - start)
+            n = max(0, min(batch_size * seq_len, n_tokens - start))
             ids.flat[:n] = split.tokens[start:start + n]
             targets.flat[:n] = split.tokens[start + 1:start + n + 1]
             x = torch.from_numpy(ids).to(env.device)                               # (B, T)

@@ -87,6 +87,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
     compile: bool = True
     checkpoint_blocks: bool = False  # compute a block again in the backward pass: a third more time, far less memory
+    shard: bool = False            # split the model among the processes (FSDP2), for those that one GPU cannot hold;
+                                   # it prints no samples
     seed: Whole = 1234
     estimate: bool = False         # print parameters, memory and hours, then exit
 
@@ -193,10 +195,10 @@ def main(cfg):
         # tensors on the meta device have a shape and no memory
         with torch.device("meta"):
             return estimate(Transformer(config), cfg, env)
-    model = Transformer(config).to(env.device)
+    model = Transformer(config)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     compile_blocks(model, cfg, env)
-    net = parallel(model, env)  # model, plus the exchange of gradients between processes
+    net = parallel(model, env, cfg.shard)  # model, plus the exchange of gradients between processes
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg)
@@ -281,7 +283,7 @@ def main(cfg):
             save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
         if stop:
             break
-        if measure and env.main:
+        if measure and env.main and not cfg.shard:
             print_sample(model, tokenizer, cfg, env)
     finish(cfg, env, step, f"Try: python sample.py --out_dir={cfg.out_dir}")
 

@@ -79,6 +79,7 @@ class Config:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
     compile: bool = True
+    shard: bool = False            # split the model among the processes (FSDP2); it prints no answers
     seed: Whole = 1234
 
 
@@ -143,7 +144,7 @@ def evaluate(model, split, rows, cfg, pad_id, env):
     nats = torch.zeros((), device=env.device)
     count = 0
     with no_grad_eval(model), env.autocast():
-        for first in batch_starts(len(rows), cfg.batch_size, env):
+        for first in batch_starts(len(rows), cfg.batch_size, env, even=True):
             part = rows[first:first + cfg.batch_size]
             # always whole batches, filled up with empty rows: one shape to compile
             missing = cfg.batch_size - len(part)
@@ -187,7 +188,6 @@ def main(cfg):
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
         start_lora(model, cfg)
-    model.to(env.device)
     teacher = None
     if cfg.teacher:
         teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
@@ -195,7 +195,7 @@ def main(cfg):
             teacher_tokenizer.fingerprint == tokenizer.fingerprint,
             f"teacher={cfg.teacher} has another tokenizer than {cfg.init_from}: their probabilities cannot be compared")
     compile_blocks(model, cfg, env)
-    net = parallel(model, env)  # model, plus the exchange of gradients between processes
+    net = parallel(model, env, cfg.shard)  # model, plus the exchange of gradients between processes
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "sft", tokenizer.fingerprint)
@@ -312,7 +312,7 @@ def main(cfg):
             save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
         if stop:
             break
-        if measure and env.main:
+        if measure and env.main and not cfg.shard:
             print_answers(model, tokenizer, cfg, env)
     finish(cfg, env, step, f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
 
