@@ -1,13 +1,16 @@
 """
 Several runs, one after another, in the processes that torchrun has started: importing torch once costs seconds.
 
-    torchrun --standalone --nproc_per_node=2 tests/ranks.py RUNS.json       # [["pretrain", {setting: value}], ...]
+    torchrun --standalone --nproc_per_node=2 tests/ranks.py RUNS.json
+
+RUNS.json: [["pretrain", {setting: value}], ["copy", {"source": folder, "target": folder}], ...]
 
 Not a test file.
 """
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +39,10 @@ def main(path):
     with open(path) as f:
         runs = json.load(f)
     for name, settings in runs:
+        if name == "copy":
+            if dist.get_rank() == 0:
+                shutil.copytree(settings["source"], settings["target"])
+            continue
         stage = importlib.import_module(name)
         stage.finish = stay
         stage.main(stage.Config(**settings))

@@ -1,6 +1,5 @@
 """--shard=True: a model split among processes (FSDP2) learns, is saved and goes on as a whole one does."""
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ KINDS = {
     "dense": dict(checkpoint_blocks=True),
     "muon": dict(optimizer="muon", tie_embeddings=False),
     "experts": dict(MOE)}
-STEPS = 8
-HALF = 4
+STEPS = 6
+HALF = 3
 
 
 def close(a, b):
@@ -39,20 +38,51 @@ def same_losses(a, b):
         assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_shards_equal_one_process(settings, tmp_path, processes):  # noqa: F811
-    """Losses, norms, weights and optimizer state of a run in shards; saved half-way, each goes on in another number of
-    processes, sharded or not."""
-    wholes = {}
-    firsts = []
-    for kind, changes in KINDS.items():
-        whole = settings(**changes, max_steps=STEPS, eval_every=HALF, batch_size=2, grad_accum=8,
-                         out_dir=str(tmp_path / kind))
-        wholes[kind] = whole
-        main(whole)
-        sharded = dataclasses.replace(whole, shard=True, out_dir=f"{whole.out_dir}-shards")
-        firsts.append(("pretrain", dataclasses.asdict(sharded)))
-    run_in_ranks(2, firsts, tmp_path / "runs.json")
-    for kind, whole in wholes.items():
-        same_losses(log_of(whole.out_dir), log_of(f"{whole.out_dir}-shards"))
-        close(load_checkpoint(whole.out_dir), load_checkpoint(f"{whole.out_dir}-shards"))
+@pytest.fixture
+def runs(settings, tmp_path):  # noqa: F811
+    """A function: of each kind the settings of a run of so many steps in folder `name`. The learning rate is flat, so
+    that four and four steps are eight."""
+    def make(name, max_steps, **changes):
+        return {kind: settings(**{**kind_changes, **changes}, max_steps=max_steps, decay_steps=1, eval_every=HALF,
+                               batch_size=2, grad_accum=8, out_dir=str(tmp_path / name / kind))
+                for kind, kind_changes in KINDS.items()}
+    return make
+
+
+def stages(runs):
+    return [("pretrain", dataclasses.asdict(cfg)) for cfg in runs.values()]
+
+
+def copies(runs, target):
+    return [("copy", {"source": cfg.out_dir, "target": target[kind].out_dir}) for kind, cfg in runs.items()]
+
+
+def test_shards_equal_one_process(runs, tmp_path, capsys):
+    """Losses, norms, weights and optimizer state, of a run in two shards, and of one that is saved half-way and goes on
+    with another number of them, or with none."""
+    whole = runs("whole", STEPS)
+    for cfg in whole.values():
+        main(cfg)
+    begun_alone = runs("begun alone", HALF)
+    for cfg in begun_alone.values():
+        main(cfg)
+
+    # in two processes: half a run in shards, copied for all that shall go on from there; then its second half by DDP
+    half = runs("shards, then DDP", HALF, shard=True)
+    in_four = runs("two shards, then four", STEPS, shard=True)
+    in_one = runs("shards, then one process", STEPS, shard=True)
+    in_two = runs("shards, then DDP", STEPS)
+    ends_in_shards = runs("begun alone", STEPS, shard=True)
+    run_in_ranks(2, [*stages(half), *copies(half, in_four), *copies(half, in_one), *stages(in_two),
+                     *stages(ends_in_shards)], tmp_path / "runs.json")
+    run_in_ranks(4, stages(in_four), tmp_path / "runs.json")
+    for cfg in in_one.values():
+        main(cfg)  # alone there is nothing to share: --shard=True changes nothing
+    assert "resuming" in capsys.readouterr().out
+    for kind, cfg in whole.items():
+        records, checkpoint = log_of(cfg.out_dir), load_checkpoint(cfg.out_dir)
+        assert len(records) == STEPS and "val_loss" in records[-1]
+        for others in (in_two, in_four, in_one, ends_in_shards):
+            same_losses(records, log_of(others[kind].out_dir))
+            close(checkpoint, load_checkpoint(others[kind].out_dir))
+        load_model(in_four[kind].out_dir)  # as sample.py and tools/export.py do
