@@ -79,6 +79,10 @@ def start(cfg, announce=True):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     default = "float32" if device.type == "cpu" else "auto"
     dtype = choose_dtype(getattr(cfg, "dtype", default), device)
+    if world > 1:
+        dtypes = [dtype]
+        dist.broadcast_object_list(dtypes)  # rank 0's: CPUs as fast as each other may measure otherwise
+        dtype = dtypes[0]
     torch.manual_seed(cfg.seed)
     env = Env(rank, world, device, dtype)
     if env.main and announce:

@@ -113,7 +113,10 @@ def load_config(Config, argv=None, positional=None):
             free = positional and positional not in from_words
             check(free, f"cannot read '{word}': settings are --key=value, config files end in .py")
             from_words[positional] = read_value(Config, positional, word, "the command line")
-    return Config(**{**from_file, **from_words})
+    settings = {**from_file, **from_words}
+    cfg = Config(**settings)
+    cfg.given = set(settings)  # their names, for a stage that chooses the others itself
+    return cfg
 
 
 def read_value(Config, key, value, where):

@@ -46,6 +46,7 @@ class Config:
     anneal_steps: Whole = 0
     anneal_rows: Count = 4         # of the batch_size rows
     # model (the vocabulary comes from the data, rounded up to a multiple of 64)
+    depth: Whole = 0               # one dial: layers, from which width, steps, batch and rates follow if not given
     dim: Count = 512
     n_layers: Count = 8
     n_heads: Count = 8
@@ -120,6 +121,36 @@ def get_batch(split, n_rows, cfg, step, micro_step, env):
     return rows[:, :-1], rows[:, 1:]
 
 
+def model_config(cfg, vocab_size):
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    shape = {name: value for name, value in vars(cfg).items() if name in names}
+    return ModelConfig(vocab_size, **shape)
+
+
+def turn_dial(cfg, vocab_size):
+    """Set what was not given to fit a model of cfg.depth layers: 64 channels a layer, in heads of 64; 20 tokens a
+    parameter (Hoffmann et al. 2022, "Chinchilla"); batch and learning rate by the power laws in compute that DeepSeek
+    LLM fitted (arXiv 2401.02954, eq. 1)."""
+
+    def choose(name, value):
+        if name not in cfg.given:
+            setattr(cfg, name, value)
+
+    choose("n_layers", cfg.depth)
+    choose("dim", 64 * cfg.depth)
+    choose("n_heads", max(1, cfg.dim // 64))
+    with torch.device("meta"):
+        model = Transformer(model_config(cfg, vocab_size))
+    tokens = 20 * model.count()[1]
+    compute = tokens * model.flops_per_token(cfg.seq_len)
+    # a power of two of micro-steps, so that 2, 4 or 8 GPUs can share them
+    n_micro = 0.292 * compute ** 0.3271 / (cfg.batch_size * cfg.seq_len)
+    choose("grad_accum", 2 ** max(0, round(math.log2(n_micro))))
+    choose("max_steps", math.ceil(tokens / (cfg.grad_accum * cfg.batch_size * cfg.seq_len)))
+    choose("lr", 0.3118 * compute ** -0.125)
+    choose("min_lr", cfg.lr / 10)
+
+
 def print_sample(model, tokenizer, cfg, env):
     """Print one sampled continuation of sample_start (after the token that begins every document)."""
     prompt = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
@@ -165,8 +196,6 @@ def main(cfg):
     # ------------------------------------------------------------------------ start
     # torchrun starts a process a GPU, and each runs this same function; rank 0 alone prints and saves
     env = start(cfg)
-    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
-    micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
@@ -186,11 +215,13 @@ def main(cfg):
           f"than one row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
 
     # ------------------------------------------------------------------------ model
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    shape = {name: value for name, value in vars(cfg).items() if name in names}
     # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
     vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
-    config = ModelConfig(vocab_size, **shape)
+    if cfg.depth:
+        turn_dial(cfg, vocab_size)
+    config = model_config(cfg, vocab_size)
+    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
+    micro = micro_steps(cfg.grad_accum, env)
     if cfg.estimate:
         # tensors on the meta device have a shape and no memory
         with torch.device("meta"):
