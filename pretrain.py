@@ -29,7 +29,7 @@ from common import (
     resume, save, set_lr, start)
 from data import open_data, shuffled
 from generate import generate
-from loss import cross_entropy, text_loss
+from loss import chunk_size, cross_entropy, text_loss
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -174,18 +174,39 @@ def estimate(model, cfg, env):
     c = model.config
     tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
     flops = model.flops_per_token(cfg.seq_len)
+    # weights, gradients and AdamW's two averages in fp32; Muon has one average, and steps in the room of the other
+    state = 16 * total
+    # what the backward pass needs of a token in a block: inputs of its products, q, k, v before and after they are
+    # turned, and the parts of SwiGLU. Compiled, some of it is computed again
     size = 4 if env.dtype == torch.float32 else 2
-    # what the backward pass needs of a token in a block: inputs of its products, q, k, v, and the parts of SwiGLU
-    attention = 2 * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-    width = 4 * c.dim + attention + 3 * c.hidden_dim
+    attention = 3 * (c.n_heads + c.n_kv_heads) * c.head_dim
+    width = 6 * c.dim + attention + 4 * c.hidden_dim
+    if cfg.compile:
+        width -= 2 * c.dim + c.hidden_dim
+    rows = cfg.batch_size * cfg.seq_len
+    block = rows * width * size
+    kept = c.n_layers * block
     if cfg.checkpoint_blocks:
-        width = c.dim
-    activations = cfg.batch_size * cfg.seq_len * c.n_layers * width * size
+        kept = block + c.n_layers * rows * c.dim * 4
+    # the block at work has as much again, and a tenth is lost in gaps between tensors
+    activations = 1.1 * (kept + block)
+    # a chunk's logits four times over, and the head's gradient in three parts
+    loss = c.vocab_size * (16 * min(rows, chunk_size(c.vocab_size, env.device)) + 12 * c.dim)
+    # Python and torch, which only CPUs count
+    base = 0 if env.device.type == "cuda" else 0.3 * 2**30
+    # in shards (FSDP2) embedding and head are whole, and so are two blocks: at work, and on their way
+    ends = total - sum(p.numel() for p in model.blocks.parameters())
+    gathered = 8 * ends + 16 * (total - ends) / c.n_layers
+    rest = activations + loss + base
     print(f"parameters      {total:,} ({active:,} multiply each token)")
     print(f"tokens          {tokens:,} ({cfg.max_steps:,} steps of {tokens // cfg.max_steps:,})")
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
-    print(f"memory          {16 * total / 2**30:.1f} GiB for weights, gradients and AdamW, "
-          f"about {activations / 2**30:.1f} GiB for activations (a process)")
+    print(f"memory          {(state + rest) / 2**30:.2f} GiB a process: {state / 2**30:.1f} GiB for weights, gradients "
+          f"and optimizer, {activations / 2**30:.1f} for activations, {loss / 2**30:.1f} for the loss")
+    for gigabytes in (24, 80):
+        room = 0.95e9 * gigabytes - rest - gathered
+        needed = f"{math.ceil(state / room):,} or more" if room > 0 else "none: lower --batch_size"
+        print(f"--shard=True    GPUs of {gigabytes} GB: {needed}")
     # well fed, a GPU reaches about 40% of what its data sheet says
     for name in ("4090", "A100", "H100"):
         peak = 1e12 * GPU_TFLOPS[name]
