@@ -181,23 +181,26 @@ def estimate(model, cfg, env):
     size = 4 if env.dtype == torch.float32 else 2
     attention = 3 * (c.n_heads + c.n_kv_heads) * c.head_dim
     width = 6 * c.dim + attention + 4 * c.hidden_dim
+    logit = 16  # bytes: some of logits, log-probs and their gradient stand side by side
     if cfg.compile:
         width -= 2 * c.dim + c.hidden_dim
+        logit = 10
     rows = cfg.batch_size * cfg.seq_len
     block = rows * width * size
     kept = c.n_layers * block
     if cfg.checkpoint_blocks:
         kept = block + c.n_layers * rows * c.dim * 4
-    # the block at work has as much again, and a tenth is lost in gaps between tensors
-    activations = 1.1 * (kept + block)
-    # a chunk's logits four times over, and the head's gradient in three parts
-    loss = c.vocab_size * (16 * min(rows, chunk_size(c.vocab_size, env.device)) + 12 * c.dim)
-    # Python and torch, which only CPUs count
-    base = 0 if env.device.type == "cuda" else 0.3 * 2**30
+    # the block at work has as much again; the loss has a chunk's logits, and the head's gradient in three parts
+    activations = kept + block
+    chunk = min(rows, chunk_size(c.vocab_size, env.device))
+    loss = c.vocab_size * (logit * chunk + 12 * c.dim)
+    rest = activations + loss
+    if env.device.type == "cpu":
+        # measured: memory that is free again is not always fit for use, and Python and torch take 0.3 GiB themselves
+        rest = 1.1 * (rest + block) + 0.3 * 2**30
     # in shards (FSDP2) embedding and head are whole, and so are two blocks: at work, and on their way
     ends = total - sum(p.numel() for p in model.blocks.parameters())
     gathered = 8 * ends + 16 * (total - ends) / c.n_layers
-    rest = activations + loss + base
     print(f"parameters      {total:,} ({active:,} multiply each token)")
     print(f"tokens          {tokens:,} ({cfg.max_steps:,} steps of {tokens // cfg.max_steps:,})")
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")

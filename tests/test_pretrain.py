@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import common
 import pretrain
 from common import Env, load_checkpoint, load_model
+from configurator import load_config
 from data import Split, open_data
 from generate import generate
 from loss import cross_entropy
@@ -628,3 +630,73 @@ def test_estimate(settings, capsys):
     assert f"{16 * total / 2**30:.1f} GiB" in out and "H100" in out and "hours" in out
     assert f"H100            {flops * 65_536_000 / 989e12 / 0.4 / 3600:,.1f} hours at 40% of 989 TFLOP/s" in out
     assert not os.path.exists(cfg.out_dir)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(checkpoint_blocks=True)])
+def test_the_estimate_of_memory_is_what_a_run_takes(settings, capsys, changes):
+    """Measured in a process of its own: what this one has held before would count, too."""
+    cfg = settings(dim=64, n_layers=8, n_kv_heads=0, hidden_dim=192, max_seq_len=256, batch_size=48, grad_accum=1,
+                   max_steps=3, eval_every=9, **changes)
+    arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()]
+    done = subprocess.run([sys.executable, "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    measured = float(re.search(r"Peak memory ([\d.]+) GiB", done.stdout)[1])
+    main(dataclasses.replace(cfg, estimate=True))
+    estimated = float(re.search(r"memory +([\d.]+) GiB", capsys.readouterr().out)[1])
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_the_estimate_says_how_many_gpus_hold_a_model_in_shards(settings, capsys):
+    """8 G parameters: 121 GiB of weights, gradients and AdamW, and what a process needs besides."""
+    large = dict(dim=4096, n_layers=40, n_heads=32, n_kv_heads=0, hidden_dim=11008, checkpoint_blocks=True,
+                 estimate=True)
+    main(settings(**large))
+    assert "--shard=True    GPUs of 24 GB: 7 or more\n--shard=True    GPUs of 80 GB: 2 or more" in capsys.readouterr().out
+    main(settings(**large, batch_size=4000))
+    assert "GPUs of 80 GB: none: lower --batch_size" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- one dial
+
+
+def dialled(data, *words):
+    """The Config that a run with these words on the command line ends with, seen by the estimate."""
+    cfg = load_config(Config, [f"--data_dir={data}", "--device=cpu", "--dtype=float32", "--estimate=True", *words])
+    main(cfg)
+    return cfg
+
+
+def test_depth_chooses_a_run_by_hand(data):
+    cfg = dialled(data, "--depth=4")
+    assert (cfg.n_layers, cfg.dim, cfg.n_heads) == (4, 256, 4)
+    parameters = 4 * (4 * 256 ** 2 + 3 * 256 * 704 + 2 * 256) + 256 + 320 * 256
+    tokens = 20 * parameters
+    compute = tokens * 6 * (parameters + 4 * 256 * 512)
+    assert cfg.lr == pytest.approx(0.3118 * compute ** -0.125) and cfg.min_lr == pytest.approx(cfg.lr / 10)
+    batch = cfg.grad_accum * cfg.batch_size * cfg.seq_len
+    assert batch / 2 ** 0.5 <= 0.292 * compute ** 0.3271 <= batch * 2 ** 0.5  # the nearest power of two of micro-steps
+    assert tokens <= cfg.max_steps * batch < tokens + batch
+
+
+def test_deeper_is_wider_longer_and_slower(data):
+    small, large = dialled(data, "--depth=2"), dialled(data, "--depth=8")
+    assert small.dim < large.dim and small.max_steps < large.max_steps and small.lr > large.lr
+    assert small.grad_accum <= large.grad_accum
+
+
+def test_what_is_given_wins_over_depth(data, tmp_path):
+    """Also where it is the default, and also from a config file."""
+    file = tmp_path / "conf.py"
+    file.write_text("max_steps = 7\nn_heads = 2\n")
+    cfg = dialled(data, str(file), "--depth=3", "--lr=1e-3", "--dim=128")
+    assert (cfg.n_layers, cfg.dim, cfg.n_heads, cfg.max_steps, cfg.lr) == (3, 128, 2, 7, 1e-3)
+    assert cfg.min_lr == 1e-4
+
+
+def test_a_run_by_depth_learns_and_goes_on(data, tmp_path):
+    words = [f"--data_dir={data}", f"--out_dir={tmp_path}/run", "--depth=1", "--max_seq_len=32", "--batch_size=4",
+             "--device=cpu", "--dtype=float32", "--compile=False", "--max_steps=4", "--eval_tokens=100"]
+    main(load_config(Config, words))
+    main(load_config(Config, [*words[:-2], "--max_steps=6", "--eval_tokens=100"]))
+    checkpoint = load_checkpoint(f"{tmp_path}/run")
+    assert checkpoint["step"] == 6 and checkpoint["config"]["depth"] == 1 and checkpoint["model_config"]["dim"] == 64

@@ -1,15 +1,18 @@
 """What holds for all stages on several processes: 1, 2 and 4 log the same 20 losses; and nothing is compiled twice."""
 import dataclasses
+import functools
+import os
 
 import pytest
 import torch
 
 import dpo
+import loss
 import ppo
 import pretrain
 import reward
 import sft
-from common import load_checkpoint, save_checkpoint
+from common import load_checkpoint, load_model, save_checkpoint
 from model import ModelConfig, ScalarModel
 from pairs import completions, forget_run, make_run, read_log, write_folder, write_pairs
 from ranks import run_in_ranks
@@ -101,8 +104,38 @@ def test_twenty_losses_are_those_of_one_process(alone, together, processes, name
         pytest.skip("shards are tested in two processes; four are in test_shard.py")
     records = alone[name.split()[0]]
     assert records[-1]["step"] == STEPS
-    loss = [key for key in records[-1] if key.endswith("loss") or key in ("score", "kl")]
-    assert loss
+    keys = [key for key in records[-1] if key.endswith("loss") or key in ("score", "kl")]
+    assert keys
     for ours, theirs in zip(records, together(processes)[name], strict=True):
-        for key in loss:
+        for key in keys:
             assert ours.get(key) == pytest.approx(theirs.get(key), abs=1e-5), (ours["step"], key)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_nothing_is_compiled_after_the_second_step(root, tmp_path, monkeypatch, stage):
+    """Training and measuring have a graph each; later steps use them as they are, whatever their rows hold."""
+    talks = config_of(root, "sft", "compiled", max_steps=6, eval_every=2, compile=True)
+    text = pretrain.Config(data_dir=f"{root}/text", out_dir=f"{root}/compiled-text", dim=32, n_layers=2, n_heads=2,
+                           max_seq_len=32, batch_size=2, max_steps=6, eval_every=2, eval_tokens=200, device="cpu",
+                           dtype="float32")
+    if not os.path.exists(text.data_dir):
+        splits = {"train": list(range(30)) * 40, "val": [5] * 200}
+        write_folder(text.data_dir, load_model(f"{root}/base")[1], "text", splits)
+    module, cfg = {"pretrain": (pretrain, text), "sft": (sft, talks)}[stage]
+    # the compiler proper takes long, and does not decide what is compiled anew
+    eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)
+    loss.compiled_softmax_nll.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+
+    def save(*args, **extra):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(module, "save", save)  # after every measurement
+    module.main(cfg)
+    forget_run()
+    loss.compiled_softmax_nll.cache_clear()
+    torch._dynamo.reset()
+    assert len(graphs) >= 3 and 0 < graphs[0] == graphs[-1]

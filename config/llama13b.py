@@ -1,0 +1,23 @@
+# 13 G parameters: the shape of LLaMA 13B (Touvron et al. 2023, table 2), its batch of 4 M tokens, 1 T tokens. On each of
+# four machines with eight GPUs of 80 GB, HOST being one of them:
+#   torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/llama13b.py
+# Never run by us. ESTIMATE
+data_dir = "data/llama"
+out_dir = "out/llama13b"
+
+dim = 5120
+n_layers = 40
+n_heads = 40
+hidden_dim = 13824
+max_seq_len = 2048
+tie_embeddings = False
+
+shard = True
+checkpoint_blocks = True
+batch_size = 4
+grad_accum = 512           # 512 * 4 * 2048 = 4,194,304 tokens a step
+max_steps = 238_500        # 1 T tokens
+lr = 3e-4
+min_lr = 3e-5
+warmup_steps = 2000
+eval_every = 1000
