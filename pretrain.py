@@ -174,7 +174,7 @@ def estimate(model, cfg, env):
     c = model.config
     tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
     flops = model.flops_per_token(cfg.seq_len)
-    # weights, gradients and AdamW's two averages in fp32; Muon has one average, and steps in the room of the other
+    # weights, gradients and two averages in fp32; Muon has one average, and copies of the matrices while it steps
     state = 16 * total
     # what the backward pass needs of a token in a block: inputs of its products, q, k, v before and after they are
     # turned, and the parts of SwiGLU. Compiled, some of it is computed again
@@ -195,6 +195,8 @@ def estimate(model, cfg, env):
     chunk = min(rows, chunk_size(c.vocab_size, env.device))
     loss = c.vocab_size * (logit * chunk + 12 * c.dim)
     rest = activations + loss
+    if cfg.optimizer == "muon":
+        rest = max(rest, 16 * total)
     if env.device.type == "cpu":
         # measured: memory that is free again is not always fit for use, and Python and torch take 0.3 GiB themselves
         rest = 1.1 * (rest + block) + 0.3 * 2**30
