@@ -503,8 +503,8 @@ def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
     """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic, …"""
     lora = getattr(model, "lora", None)
     weights = adapters_of(model) if lora else model.state_dict()
-    weights = gather_shards(weights, env)
-    states = gather_shards([optimizer.state_dict() for optimizer in optimizers], env)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    weights, states = gather_shards([weights, states], env)
     if not env.main:
         return
     save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
@@ -536,7 +536,8 @@ def load_checkpoint(path, device="cpu"):
         path = os.path.join(path, "ckpt.pt")
     check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        # mmap: the processes of a machine share one copy of the file in its memory
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=dist.is_initialized())
     except Exception as error:  # cut short, another format, or code where weights should be
         check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of "
               "ours")

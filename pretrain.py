@@ -121,16 +121,10 @@ def get_batch(split, n_rows, cfg, step, micro_step, env):
     return rows[:, :-1], rows[:, 1:]
 
 
-def model_config(cfg, vocab_size):
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    shape = {name: value for name, value in vars(cfg).items() if name in names}
-    return ModelConfig(vocab_size, **shape)
-
-
-def turn_dial(cfg, vocab_size):
-    """Set what was not given to fit a model of cfg.depth layers: 64 channels a layer, in heads of 64; 20 tokens a
-    parameter (Hoffmann et al. 2022, "Chinchilla"); batch and learning rate by the power laws in compute that DeepSeek
-    LLM fitted (arXiv 2401.02954, eq. 1)."""
+def turn_dial(cfg):
+    """Let the settings that were not given follow from cfg.depth: 64 channels a layer, in heads of 64; 20 tokens a
+    parameter (Hoffmann et al. 2022, "Chinchilla"); batch and learning rate from the compute, by the power laws that
+    DeepSeek LLM fitted to many small runs (arXiv 2401.02954, sec. 3.1)."""
 
     def choose(name, value):
         if name not in cfg.given:
@@ -138,17 +132,18 @@ def turn_dial(cfg, vocab_size):
 
     choose("n_layers", cfg.depth)
     choose("dim", 64 * cfg.depth)
-    choose("n_heads", max(1, cfg.dim // 64))
-    with torch.device("meta"):
-        model = Transformer(model_config(cfg, vocab_size))
-    tokens = 20 * model.count()[1]
-    compute = tokens * model.flops_per_token(cfg.seq_len)
-    # a power of two of micro-steps, so that 2, 4 or 8 GPUs can share them
-    n_micro = 0.292 * compute ** 0.3271 / (cfg.batch_size * cfg.seq_len)
-    choose("grad_accum", 2 ** max(0, round(math.log2(n_micro))))
-    choose("max_steps", math.ceil(tokens / (cfg.grad_accum * cfg.batch_size * cfg.seq_len)))
+    choose("n_heads", cfg.depth)
+    # a block has 4 dim^2 in attention and 8 dim^2 in SwiGLU; embeddings do not count in these laws
+    parameters = 12 * cfg.n_layers * cfg.dim ** 2
+    tokens = 20 * parameters
+    compute = 6 * parameters * tokens
     choose("lr", 0.3118 * compute ** -0.125)
     choose("min_lr", cfg.lr / 10)
+    # a power of two of micro-steps, so that 2, 4 or 8 GPUs can share them
+    micro_tokens = cfg.batch_size * (cfg.seq_len or cfg.max_seq_len)
+    n_micro = max(1, 0.292 * compute ** 0.3271 / micro_tokens)
+    choose("grad_accum", 2 ** round(math.log2(n_micro)))
+    choose("max_steps", math.ceil(tokens / (cfg.grad_accum * micro_tokens)))
 
 
 def print_sample(model, tokenizer, cfg, env):
@@ -208,10 +203,8 @@ def estimate(model, cfg, env):
     print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
     print(f"memory          {(state + rest) / 2**30:.2f} GiB a process: {state / 2**30:.1f} GiB for weights, gradients "
           f"and optimizer, {activations / 2**30:.1f} for activations, {loss / 2**30:.1f} for the loss")
-    for gigabytes in (24, 80):
-        room = 0.95e9 * gigabytes - rest - gathered
-        needed = f"{math.ceil(state / room):,} or more" if room > 0 else "none: lower --batch_size"
-        print(f"--shard=True    GPUs of {gigabytes} GB: {needed}")
+    for n in (8, 64):
+        print(f"--shard=True    {(state / n + gathered + rest) / 2**30:.1f} GiB a process on {n} GPUs")
     # well fed, a GPU reaches about 40% of what its data sheet says
     for name in ("4090", "A100", "H100"):
         peak = 1e12 * GPU_TFLOPS[name]
@@ -222,6 +215,10 @@ def main(cfg):
     # ------------------------------------------------------------------------ start
     # torchrun starts a process a GPU, and each runs this same function; rank 0 alone prints and saves
     env = start(cfg)
+    if cfg.depth:
+        turn_dial(cfg)
+    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
+    micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
@@ -241,13 +238,11 @@ def main(cfg):
           f"than one row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
 
     # ------------------------------------------------------------------------ model
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    shape = {name: value for name, value in vars(cfg).items() if name in names}
     # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
     vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
-    if cfg.depth:
-        turn_dial(cfg, vocab_size)
-    config = model_config(cfg, vocab_size)
-    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
-    micro = micro_steps(cfg.grad_accum, env)
+    config = ModelConfig(vocab_size, **shape)
     if cfg.estimate:
         # tensors on the meta device have a shape and no memory
         with torch.device("meta"):
