@@ -22,7 +22,8 @@ def run_in_ranks(processes, runs, file):
     with open(file, "w") as f:
         json.dump(runs, f)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, "tests/ranks.py", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=170,
+    command += ["tests/ranks.py", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout

@@ -635,7 +635,7 @@ def test_estimate(settings, capsys):
 @pytest.mark.parametrize("changes", [dict(), dict(checkpoint_blocks=True)])
 def test_the_estimate_of_memory_is_what_a_run_takes(settings, capsys, changes):
     """Measured in a process of its own: what this one has held before would count, too."""
-    cfg = settings(dim=64, n_layers=8, n_kv_heads=0, hidden_dim=192, max_seq_len=256, batch_size=48, grad_accum=1,
+    cfg = settings(dim=64, n_layers=8, n_kv_heads=0, hidden_dim=192, max_seq_len=256, batch_size=32, grad_accum=1,
                    max_steps=3, eval_every=9, **changes)
     arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()]
     done = subprocess.run([sys.executable, "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -647,7 +647,7 @@ def test_the_estimate_of_memory_is_what_a_run_takes(settings, capsys, changes):
 
 
 def test_the_estimate_of_shards(settings, capsys):
-    """8 G parameters: 120 GiB of weights, gradients and AdamW are shared; 3 GiB of gathered blocks and of Python not."""
+    """8 G parameters: 120 GiB of weights, gradients and AdamW are shared; 3 GiB of gathered blocks and Python not."""
     main(settings(dim=4096, n_layers=40, n_heads=32, n_kv_heads=0, hidden_dim=11008, checkpoint_blocks=True,
                   estimate=True))
     total = 40 * (4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 320 * 4096

@@ -96,12 +96,10 @@ def together(root):
     return logs
 
 
-@pytest.mark.parametrize("name", [*STAGES, "sft in shards", "sft-lora in shards"])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes, name", [
+    *((2, name) for name in STAGES), (2, "sft in shards"), (2, "sft-lora in shards"), *((4, name) for name in STAGES)])
 def test_twenty_losses_are_those_of_one_process(alone, together, processes, name):
     """Pretraining is in test_pretrain.py. ppo.py samples its answers, so one other token would be another run."""
-    if name not in together(processes):
-        pytest.skip("shards are tested in two processes; four are in test_shard.py")
     records = alone[name.split()[0]]
     assert records[-1]["step"] == STEPS
     keys = [key for key in records[-1] if key.endswith("loss") or key in ("score", "kl")]

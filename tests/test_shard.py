@@ -3,8 +3,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from common import load_checkpoint, load_model
+import common
+from common import Env, load_checkpoint, load_model
+from loss import cross_entropy
+from model import ModelConfig, Transformer
 from ranks import run_in_ranks
 from test_pretrain import MOE, data, log_of, main, quiet_process, settings  # noqa: F401 (fixtures)
 
@@ -86,3 +90,33 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
             same_losses(records, log_of(others[kind].out_dir))
             close(checkpoint, load_checkpoint(others[kind].out_dir))
         load_model(in_four[kind].out_dir)  # as sample.py and tools/export.py do
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # on a GPU autocast takes the norms' gains back to fp32
+@pytest.mark.parametrize("changes", [dict(), dict(n_experts=4, tie_embeddings=False)])
+def test_blocks_travel_in_the_dtype_of_products(tmp_path, changes):
+    """Under autocast in bf16: the loss and the gradients, in fp32, of a model that is whole."""
+    env = Env(0, 1, torch.device("cpu"), torch.bfloat16)
+    ids = torch.randint(0, 64, (2, 16))
+    results = []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    for shard in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=4, max_seq_len=16, **changes))
+        if shard:
+            model = common.shard_model(model, env)
+            model.blocks[0].register_forward_pre_hook(
+                lambda block, x: dtypes.update(p.dtype for p in block.parameters()))
+        dtypes = set()
+        with env.autocast():
+            loss = cross_entropy(model(ids), model.head_weight, ids)
+        loss.backward()
+        grads = [getattr(p.grad, "full_tensor", lambda: p.grad)() for p in model.parameters()]
+        results.append((loss.item(), grads))
+    dist.destroy_process_group()
+    assert dtypes == {torch.bfloat16}
+    (whole, grads), (sharded, others) = results
+    assert sharded == pytest.approx(whole, rel=1e-3)
+    for ours, theirs in zip(grads, others, strict=True):
+        assert theirs.dtype == torch.float32
+        assert (ours - theirs).norm() <= 0.02 * ours.norm()
