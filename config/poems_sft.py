@@ -1,7 +1,7 @@
 # Instruction tuning on poems-sft: poems to order, next lines, idioms, riddles, dialogues; who it is and the famous
 # quatrains are repeated (recipes/poems.py).
 #   python prepare.py poems-sft
-#   python sft.py config/poems_sft.py            (2 cores with fast bf16: 2 minutes)
+#   python sft.py config/poems_sft.py            (2 cores with fast bf16: 2½ minutes)
 # With adapters: --lora_rank=8 --optimizer=adamw --lr=1e-3 --out_dir=out/poems-lora
 data_dir = "data/poems-sft"
 init_from = "out/poems"
