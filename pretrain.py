@@ -3,7 +3,7 @@ Pretraining: learn to continue text, from random weights.
 
     python pretrain.py config/poems.py
     torchrun --standalone --nproc_per_node=4 pretrain.py config/baby.py
-    python pretrain.py config/baby.py --estimate=True          # parameters, memory, hours; allocates nothing
+    python -m tools.estimate config/baby.py                    # what it takes: parameters, memory, hours
 
 in:  data/<name>/ from prepare.py (train.bin, val.bin, meta.json, tokenizer.model)
 out: out/<run>/ckpt.pt (the last step; run the same command again to go on), best.pt (lowest validation loss),
@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    GPU_TFLOPS, all_sum, compile_blocks, finish,
+    all_sum, compile_blocks, finish,
     log, lr_at, make_optimizers, micro_steps,
     no_grad_eval, optimizer_step, parallel, peak_flops,
     resume, save, set_lr, start)
 from data import open_data, shuffled
 from generate import generate
-from loss import chunk_size, cross_entropy, text_loss
+from loss import cross_entropy, text_loss
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -91,7 +91,6 @@ class Config:
     shard: bool = False            # split the model among the processes (FSDP2), for those that one GPU cannot hold;
                                    # it prints no samples
     seed: Whole = 1234
-    estimate: bool = False         # print parameters, memory and hours, then exit
 
 
 def get_batch(split, n_rows, cfg, step, micro_step, env):
@@ -146,6 +145,14 @@ def turn_dial(cfg):
     choose("max_steps", math.ceil(tokens / (cfg.grad_accum * micro_tokens)))
 
 
+def model_config(cfg, vocab_size):
+    """Return the ModelConfig that cfg describes."""
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    shape = {name: value for name, value in vars(cfg).items() if name in names}
+    # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
+    return ModelConfig(64 * math.ceil(vocab_size / 64), **shape)
+
+
 def print_sample(model, tokenizer, cfg, env):
     """Print one sampled continuation of sample_start (after the token that begins every document)."""
     prompt = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
@@ -161,54 +168,6 @@ def print_sample(model, tokenizer, cfg, env):
             stop_ids=[tokenizer.eot_id],
             seed=cfg.seed)
     print(f"sample: {cfg.sample_start}{tokenizer.decode(new[0], skip_special=True)}", flush=True)
-
-
-def estimate(model, cfg, env):
-    """Print what a run needs, from the model on the meta device: parameters, FLOPs, memory, hours."""
-    total, active = model.count()
-    c = model.config
-    tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
-    flops = model.flops_per_token(cfg.seq_len)
-    # weights, gradients and two averages in fp32; Muon has one average, and copies of the matrices while it steps
-    state = 16 * total
-    # what the backward pass needs of a token in a block: inputs of its products, q, k, v before and after they are
-    # turned, and the parts of SwiGLU. Compiled, some of it is computed again
-    size = 4 if env.dtype == torch.float32 else 2
-    attention = 3 * (c.n_heads + c.n_kv_heads) * c.head_dim
-    width = 6 * c.dim + attention + 4 * c.hidden_dim
-    logit = 16  # bytes: some of logits, log-probs and their gradient stand side by side
-    if cfg.compile:
-        width -= 2 * c.dim + c.hidden_dim
-        logit = 10
-    rows = cfg.batch_size * cfg.seq_len
-    block = rows * width * size
-    kept = c.n_layers * block
-    if cfg.checkpoint_blocks:
-        kept = block + c.n_layers * rows * c.dim * 4
-    # the block at work has as much again; the loss has a chunk's logits, and the head's gradient in three parts
-    activations = kept + block
-    chunk = min(rows, chunk_size(c.vocab_size, env.device))
-    loss = c.vocab_size * (logit * chunk + 12 * c.dim)
-    rest = activations + loss
-    if cfg.optimizer == "muon":
-        rest = max(rest, 16 * total)
-    if env.device.type == "cpu":
-        # measured: memory that is free again is not always fit for use, and Python and torch take 0.3 GiB themselves
-        rest = 1.1 * (rest + block) + 0.3 * 2**30
-    # in shards (FSDP2) embedding and head are whole, and so are two blocks: at work, and on their way
-    ends = total - sum(p.numel() for p in model.blocks.parameters())
-    gathered = 8 * ends + 16 * (total - ends) / c.n_layers
-    print(f"parameters      {total:,} ({active:,} multiply each token)")
-    print(f"tokens          {tokens:,} ({cfg.max_steps:,} steps of {tokens // cfg.max_steps:,})")
-    print(f"training        {flops / 1e9:.3f} GFLOPs a token, {flops * tokens:.2e} in all")
-    print(f"memory          {(state + rest) / 2**30:.2f} GiB a process: {state / 2**30:.1f} GiB for weights, gradients "
-          f"and optimizer, {activations / 2**30:.1f} for activations, {loss / 2**30:.1f} for the loss")
-    for n in (8, 64):
-        print(f"--shard=True    {(state / n + gathered + rest) / 2**30:.1f} GiB a process on {n} GPUs")
-    # well fed, a GPU reaches about 40% of what its data sheet says
-    for name in ("4090", "A100", "H100"):
-        peak = 1e12 * GPU_TFLOPS[name]
-        print(f"{name:<15} {flops * tokens / peak / 0.4 / 3600:,.1f} hours at 40% of {peak / 1e12:.0f} TFLOP/s")
 
 
 def main(cfg):
@@ -238,15 +197,7 @@ def main(cfg):
           f"than one row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
 
     # ------------------------------------------------------------------------ model
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    shape = {name: value for name, value in vars(cfg).items() if name in names}
-    # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
-    vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
-    config = ModelConfig(vocab_size, **shape)
-    if cfg.estimate:
-        # tensors on the meta device have a shape and no memory
-        with torch.device("meta"):
-            return estimate(Transformer(config), cfg, env)
+    config = model_config(cfg, meta["vocab_size"])
     model = Transformer(config)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     compile_blocks(model, cfg, env)

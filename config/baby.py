@@ -1,7 +1,7 @@
 # The baby: 218 M parameters (12 layers x 1024, 8 heads, 1024 tokens, ChatGLM2's 64,793 tokens), 14 G tokens.
 #   python prepare.py baby --input=YOUR_CORPUS --tokenizer=chatglm2/tokenizer.model
 #   torchrun --standalone --nproc_per_node=4 pretrain.py config/baby.py
-# Not trained to its end by us yet. `python pretrain.py config/baby.py --estimate=True` prints memory and hours.
+# Not trained to its end by us yet. `python -m tools.estimate config/baby.py` prints memory and hours.
 data_dir = "data/baby"
 out_dir = "out/baby"
 

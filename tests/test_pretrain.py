@@ -26,6 +26,7 @@ from loss import cross_entropy
 from model import ModelConfig, Transformer
 from pretrain import Config, get_batch
 from tokenizer import load_tokenizer, train_tokenizer
+from tools import estimate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = Env(0, 1, torch.device("cpu"), torch.float32)
@@ -616,9 +617,9 @@ def test_grad_accum_must_be_shared_evenly(settings, monkeypatch):
 
 def test_estimate(settings, capsys):
     """It prints the plan of a large model at once, and makes neither weights nor files."""
-    cfg = settings(estimate=True, dim=4096, n_layers=32, n_heads=32, n_kv_heads=0, hidden_dim=11008, max_seq_len=4096,
+    cfg = settings(dim=4096, n_layers=32, n_heads=32, n_kv_heads=0, hidden_dim=11008, max_seq_len=4096,
                    tie_embeddings=False, batch_size=2, grad_accum=8, max_steps=1000)
-    main(cfg)
+    estimate.main(cfg)
     out = capsys.readouterr().out
     V = 320
     blocks = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
@@ -641,15 +642,14 @@ def test_the_estimate_of_memory_is_what_a_run_takes(settings, capsys, changes):
     done = subprocess.run([sys.executable, "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
     measured = float(re.search(r"Peak memory ([\d.]+) GiB", done.stdout)[1])
-    main(dataclasses.replace(cfg, estimate=True))
+    estimate.main(cfg)
     estimated = float(re.search(r"memory +([\d.]+) GiB", capsys.readouterr().out)[1])
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
 def test_the_estimate_of_shards(settings, capsys):
     """8 G parameters: 120 GiB of weights, gradients and AdamW are shared; 3 GiB of gathered blocks and Python not."""
-    main(settings(dim=4096, n_layers=40, n_heads=32, n_kv_heads=0, hidden_dim=11008, checkpoint_blocks=True,
-                  estimate=True))
+    estimate.main(settings(dim=4096, n_layers=40, n_heads=32, n_kv_heads=0, hidden_dim=11008, checkpoint_blocks=True))
     total = 40 * (4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 320 * 4096
     found = re.findall(r"shard=True +([\d.]+) GiB a process on (\d+) GPUs", capsys.readouterr().out)
     assert [int(n) for _, n in found] == [8, 64]
@@ -662,8 +662,8 @@ def test_the_estimate_of_shards(settings, capsys):
 
 def dialled(data, *words):
     """The Config that a run with these words on the command line ends with, seen by the estimate."""
-    cfg = load_config(Config, [f"--data_dir={data}", "--device=cpu", "--dtype=float32", "--estimate=True", *words])
-    main(cfg)
+    cfg = load_config(Config, [f"--data_dir={data}", "--device=cpu", "--dtype=float32", *words])
+    estimate.main(cfg)
     return cfg
 
 
