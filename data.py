@@ -154,37 +154,43 @@ def open_pairs(folder, fingerprint, max_seq_len):
 PIECE = 128  # tokens of a text that are mixed in as one row
 
 
-def open_mixed(folder, n_rows, tokenizer, max_seq_len, env):
-    """Open the data that a preference stage mixes in: conversations (kind sft) or text. Return its training split."""
-    train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
-    check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
+    """Open the data that a preference stage mixes in: conversations (kind sft) or text, of one folder or of several
+    with commas between them. Return their training splits."""
     check(n_rows % env.world == 0, f"ptx_rows={n_rows} must be a multiple of the {env.world} processes")
-    if meta["kind"] == "text":
-        longest = PIECE
-        check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
-    else:
-        longest = np.diff(train.idx).max(initial=0)
-    check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare it "
-          f"again with --max_length={max_seq_len}")
-    return train
+    splits = []
+    for folder in folders.split(","):
+        train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
+        check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+        if meta["kind"] == "text":
+            longest = PIECE
+            check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
+        else:
+            longest = np.diff(train.idx).max(initial=0)
+        check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare "
+              f"it again with --max_length={max_seq_len}")
+        splits.append(train)
+    return splits
 
 
-def mixed_rows(split, number, n_rows, seed, pad_id, env):
+def mixed_rows(splits, number, n_rows, seed, pad_id, env):
     """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before
-    (PPO-ptx, InstructGPT, eq. 2): conversations, or pieces of a text.
+    (PPO-ptx, InstructGPT, eq. 2): conversations, or pieces of a text. The splits take turns.
 
     Return ids, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
     """
+    split = splits[number % len(splits)]
+    first = number // len(splits) * n_rows
     documents = []
     if split.idx is None:
         n_pieces = (len(split.tokens) - 1) // PIECE
-        for piece in shuffled(n_pieces, number * n_rows, n_rows, seed):
+        for piece in shuffled(n_pieces, first, n_rows, seed):
             begin = PIECE * piece
             tokens = split.tokens[begin:begin + PIECE + 1].astype(np.int64)
             learned = np.ones(len(tokens))
             documents.append((tokens, learned))
     else:
-        for i in shuffled(len(split), number * n_rows, n_rows, seed):
+        for i in shuffled(len(split), first, n_rows, seed):
             documents.append(split.document(i))
     # each process learns its share of the rows; how many tokens count in all, it must know from all of them
     n_learned = sum(mask[1:].sum() for _, mask in documents)

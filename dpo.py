@@ -50,7 +50,7 @@ class Config:
     simpo_gamma: NonNegative = 0.5  # simpo: lead asked of the better answer
     nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss a token (RPO, arXiv 2404.19733)
     # conversations mixed in, so that preferences do not cost the chat
-    ptx_dir: str = ""              # data of kind sft or text
+    ptx_dir: str = ""              # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0    # weight of their loss; 0: none
     ptx_rows: Count = 8            # a micro-step
     # adapters (lora.py)

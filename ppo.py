@@ -75,7 +75,7 @@ class Config:
     surrogate: Literal["ppo", "cispo"] = "ppo"
     target_kl: NonNegative = 0.0            # > 0: end the step's updates once k3(old, new) a token exceeds it
     # text or conversations mixed in (PPO-ptx)
-    ptx_dir: str = ""                       # data of kind sft or text
+    ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
     ptx_rows: Count = 8                     # an update
     # optimizer

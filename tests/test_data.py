@@ -219,7 +219,7 @@ def test_mixed_conversations_are_shared_among_processes(ranked, world):
     """Together the processes hold the rows that one would, and their weights are one mean over the learned tokens."""
     seen = []
     for rank in range(world):
-        ids, targets, weights = mixed_rows(ranked, 3, 4, 9, 0, env_of(rank, world))
+        ids, targets, weights = mixed_rows([ranked], 3, 4, 9, 0, env_of(rank, world))
         assert len(ids) == 4 // world
         for row in range(len(ids)):
             learned = weights[row] > 0
@@ -232,11 +232,20 @@ def test_mixed_conversations_are_shared_among_processes(ranked, world):
         assert weight == pytest.approx(len(targets) / n_learned)
 
 
+def test_mixed_folders_take_turns(ranked):
+    """Each goes on where it was when it last had its turn."""
+    text = Split(np.arange(128 * 9 + 1, dtype=np.uint16), None, None, None, {})
+    for number in range(6):
+        mixed = mixed_rows([ranked, text], number, 2, 1, 0, env_of())
+        alone = mixed_rows([[ranked], [text]][number % 2], number // 2, 2, 1, 0, env_of())
+        assert all(torch.equal(a, b) for a, b in zip(mixed, alone))
+
+
 def test_mixed_text_is_cut_into_pieces():
     text = Split(np.arange(128 * 5 + 1, dtype=np.uint16), None, None, None, {})
     starts = []
     for number in range(5):
-        ids, targets, weights = mixed_rows(text, number, 2, 1, 0, env_of())
+        ids, targets, weights = mixed_rows([text], number, 2, 1, 0, env_of())
         assert ids.shape == (2, 128) and torch.equal(targets, ids + 1)
         assert torch.allclose(weights, torch.tensor(1 / 256))
         starts += ids[:, 0].tolist()
