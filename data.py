@@ -161,7 +161,8 @@ def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
     splits = []
     for folder in folders.split(","):
         train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
-        check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+        known = meta["kind"] in ("sft", "text")
+        check(known, f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
         if meta["kind"] == "text":
             longest = PIECE
             check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
