@@ -1,7 +1,8 @@
 # GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model
 # and no critic: eight answers to each title are compared with each other.
 #   python prepare.py poems-prompts
-#   python ppo.py config/poems_grpo.py
+#   python ppo.py config/poems_grpo.py           (2 cores, fp32: 7 minutes)
+# Rhymes 9 -> 55 % of the poems of the right form, and nothing else is lost (README.md).
 data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"
 out_dir = "out/poems-grpo"
@@ -15,14 +16,16 @@ max_new_tokens = 96
 max_steps = 180
 ppo_epochs = 1
 minibatches = 2
-kl_coef = 0.03
+kl_coef = 0.05
 no_eos_penalty = 0.5
-lr = 7e-4
+lr = 5e-4
 min_lr = 1e-5
 warmup_steps = 3
 
-ptx_dir = "data/poems-sft" # some rows of instruction tuning in every update, so that the chat is not forgotten
-ptx_coef = 0.03
+# conversations in every other update, so that the chat is not forgotten, and poems in the others, so that the language
+# is not: with conversations alone poems cost 5 % more bits, with poems alone it no longer knows its name
+ptx_dir = "data/poems-sft,data/poems"
+ptx_coef = 0.08
 ptx_rows = 16
 
 eval_every = 60
