@@ -104,7 +104,9 @@ while counts["kills"] < kills:
     counts["runs equal bit for bit" if equal else "runs that DIFFER"] += 1
     counts[f"{stage} runs"] += 1
     shutil.rmtree(f"out/{run}")
-    print(f"\r{counts['kills']} kills, {counts['runs that DIFFER']} runs differ", end="", file=sys.stderr, flush=True)
+    half = counts["kills that left a half-written file"]
+    print(f"\r{counts['kills']} kills, {half} of them in a save, {counts['runs that DIFFER']} runs differ", end="",
+          file=sys.stderr, flush=True)
 print()
 for name, n in counts.items():
     print(f"{n:>6} {name}")
