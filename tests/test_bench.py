@@ -143,3 +143,22 @@ def test_rollout_row(tmp_path, monkeypatch, capsys):
     assert 0 < low <= rate <= high and 1 <= length <= 5
     with pytest.raises(SystemExit, match="has 3 prompts, n_prompts=64"):
         main(Config(**{**cfg.__dict__, "n_prompts": 64}))
+
+
+def test_experts_that_get_nothing_are_dead(tmp_path, monkeypatch, capsys):
+    """A router that is told to ask experts 0 and 1 alone: each gets half of all, the other two are dead."""
+    monkeypatch.chdir(tmp_path)
+    tok = train_tokenizer(["春夜月好坏。0123456789 user assistant system\n"], "tok", 300, character_coverage=1.0)
+    make_run("out/moe", tok, n_experts=4, n_active_experts=2, n_layers=2, first_dense=1)
+    checkpoint = torch.load("out/moe/ckpt.pt")
+    checkpoint["model"]["blocks.1.ffn.bias"] = torch.tensor([9.0, 9.0, 0.0, 0.0])
+    torch.save(checkpoint, "out/moe/ckpt.pt")
+    os.makedirs("data/text")
+    for split in ("train", "val"):
+        np.arange(200, dtype="<u2").tofile(f"data/text/{split}.bin")
+    part = {"tokens": 200, "documents": 1, "bytes": 400}
+    json.dump({"kind": "text", "dtype": "uint16", "fingerprint": tok.fingerprint, "train": part, "val": part},
+              open("data/text/meta.json", "w"))
+    main(Config(what="experts", run="out/moe", data_dir="data/text", **FAST))
+    lines = capsys.readouterr().out.splitlines()
+    assert "1       0.00                 2.00    2 of 4" in lines
