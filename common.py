@@ -419,8 +419,10 @@ def parallel(model, env, shard=False):
     model.to(env.device)
     if env.world == 1:
         return model
-    # buffers are not broadcast: all ranks start alike, and ranks may need different numbers of forward passes
-    return DataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    net = DataParallel(model, gradient_as_bucket_view=True)
+    # buffers stay equal by themselves, and ranks may need different numbers of forward passes
+    net.broadcast_buffers = False
+    return net
 
 
 def shard_model(model, env):
