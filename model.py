@@ -231,7 +231,8 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if append is not None:
             k, v = append(k, v)  # behind the keys and values of the tokens before
-        y = attend(q, k, v, mask)                                                  # (B, H, T, D)
+        with torch.autocast(x.device.type, enabled=False):  # attend knows better which dtype is fast
+            y = attend(q, k, v, mask)                                              # (B, H, T, D)
         # the heads' answers side by side; `out` mixes them and writes into the residual stream
         y = y.transpose(1, 2).reshape(B, T, -1)                                    # (B, T, H * D)
         return self.out(y)
