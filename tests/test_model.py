@@ -456,3 +456,19 @@ def test_gpu_equals_cpu(kind):
         half = loss_of(cuda, gpu_ids[:, :-1], gpu_ids[:, 1:])
         half.backward()
     assert half.item() == pytest.approx(loss.item(), abs=0.05)
+
+
+def test_attention_on_cpus_is_in_fp32_under_autocast(monkeypatch):
+    """Autocast would round q, k and v to bf16 again, in which attention takes three times as long there."""
+    results = []
+    real = model_file.attend
+
+    def spy(*args):
+        results.append(real(*args))
+        return results[-1]
+
+    monkeypatch.setattr(model_file, "attend", spy)
+    model = random_model("llama")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(0, model.config.vocab_size, (2, 8)))
+    assert len(results) == model.config.n_layers and all(y.dtype == torch.float32 for y in results)
