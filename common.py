@@ -300,11 +300,13 @@ class Muon(torch.optim.Optimizer):
                 for matrix in update.split(group["parts"] or [len(p)]):
                     same_shape[matrix.shape].append(matrix)
         for shape, matrices in same_shape.items():
+            # the results take the matrices' place in `updates`, of which they are views
             stack = torch.stack(matrices)                                          # (matrices, rows, columns)
             stack = orthogonalise(stack.to(product_dtype(stack)))
             for matrix, result in zip(matrices, stack):
                 matrix.copy_(result)
                 matrix.mul_(0.2 * math.sqrt(max(shape)))
+        # step, each process its own shard where there are shards
         for p, update, group in updates:
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(shard_like(update, p), alpha=-group["lr"])

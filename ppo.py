@@ -422,8 +422,8 @@ def main(cfg):
         scored = time.perf_counter()
 
         # (4) a reward for each token: the KL penalty everywhere, the score at the end
-        scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])
         # an answer that was cut is worth less than its score, or the model would learn never to end
+        scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])
         kl_in_loss = cfg.advantage in ("grpo", "dr_grpo")
         rewards = token_rewards(                                                   # (B, T)
             scores,
