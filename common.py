@@ -271,6 +271,22 @@ def orthogonalise(x):
     return x
 
 
+def orthogonalise_together(matrices):
+    """List of matrices of one shape -> the orthogonalised ones. Each process makes a share of them for all."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    share = math.ceil(len(matrices) / world)
+    mine = matrices[rank * share:(rank + 1) * share]
+    mine += [torch.zeros_like(matrices[0])] * (share - len(mine))  # equal shares can be gathered in one call
+    stack = torch.stack(mine)                                                      # (share, rows, columns)
+    stack = orthogonalise(stack.to(product_dtype(stack))).contiguous()
+    if world > 1:
+        shares = [torch.empty_like(stack) for _ in range(world)]
+        dist.all_gather(shares, stack)
+        stack = torch.cat(shares)                                                  # (world * share, rows, columns)
+    return stack[:len(matrices)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): all its directions are learned equally.
 
@@ -301,9 +317,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape[matrix.shape].append(matrix)
         for shape, matrices in same_shape.items():
             # the results take the matrices' place in `updates`, of which they are views
-            stack = torch.stack(matrices)                                          # (matrices, rows, columns)
-            stack = orthogonalise(stack.to(product_dtype(stack)))
-            for matrix, result in zip(matrices, stack):
+            for matrix, result in zip(matrices, orthogonalise_together(matrices)):
                 matrix.copy_(result)
                 matrix.mul_(0.2 * math.sqrt(max(shape)))
         # step, each process its own shard where there are shards
