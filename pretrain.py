@@ -249,8 +249,8 @@ def main(cfg):
         # clip, step, and make place for the next gradients
         norm = optimizer_step(model, optimizers, cfg, env)
         if config.n_experts:
-            # no gradient, a rule: experts that got few tokens are asked more
-            model.update_router_bias(0.001, dist.all_reduce if env.world > 1 else None)
+            # no gradient, a rule: experts that got few tokens are asked more; the steps shrink with the learning rate
+            model.update_router_bias(0.01 * lr / cfg.lr, dist.all_reduce if env.world > 1 else None)
         step += 1
         seconds = time.perf_counter() - began
 

@@ -285,7 +285,7 @@ def main(cfg):
         norm = optimizer_step(model, optimizers, cfg, env)
         # the load of the experts is kept even by a rule; under adapters the router stays as it was
         if model.config.n_experts and not cfg.lora_rank:
-            model.update_router_bias(0.001, dist.all_reduce if env.world > 1 else None)
+            model.update_router_bias(0.01 * lr / cfg.lr, dist.all_reduce if env.world > 1 else None)
         step += 1
         seconds = time.perf_counter() - began
 

@@ -388,7 +388,7 @@ def test_mixture_of_experts_balances_in_full_tuning_alone(place):
 
 
 def test_two_ranks_count_the_load_of_all_experts_together(place):
-    """The bias after a step says which experts got too few tokens of both ranks; it is 0.001 times a sign."""
+    """The bias after a step says which experts got too few tokens of both ranks: a rate times a sign."""
     root, tok = place
     write_base(f"{root}/moe-two", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256,
                                                    n_experts=4, hidden_dim=48))
