@@ -281,9 +281,9 @@ def orthogonalise_together(matrices):
     stack = torch.stack(mine)                                                      # (share, rows, columns)
     stack = orthogonalise(stack.to(product_dtype(stack))).contiguous()
     if world > 1:
-        shares = [torch.empty_like(stack) for _ in range(world)]
-        dist.all_gather(shares, stack)
-        stack = torch.cat(shares)                                                  # (world * share, rows, columns)
+        whole = stack.new_empty(world, *stack.shape)
+        dist.all_gather(list(whole), stack)
+        stack = whole.flatten(0, 1)                                                # (world * share, rows, columns)
     return stack[:len(matrices)]
 
 

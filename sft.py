@@ -190,6 +190,7 @@ def main(cfg):
         start_lora(model, cfg)
     teacher = None
     if cfg.teacher:
+        # a larger model, whose probabilities say more than the one token that stands in the text
         teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
         check(
             teacher_tokenizer.fingerprint == tokenizer.fingerprint,
@@ -204,6 +205,7 @@ def main(cfg):
           "tokens the model can see")
     lengths = np.diff(train.idx) - 1                                       # inputs of each conversation
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)  # and its learned targets
+    # several short conversations share a row: as good as nothing is padding
     rows = pack(lengths, cfg.seq_len, cfg.seed, 0)
     check(rows, f"none of the {len(train):,} conversations of {cfg.data_dir} fits into a row of seq_len={cfg.seq_len}. "
           "Raise --seq_len, or prepare the data again with shorter ones")
