@@ -122,7 +122,8 @@ while counts["kills"] < kills:
         output.close()
         counts["kills"] += 1
         counts["kills before the first checkpoint"] += not os.path.exists(f"out/{name}/ckpt.pt")
-        counts["kills that left a half-written file"] += any(file.endswith(".tmp") for file in os.listdir(f"out/{name}"))
+        half_written = [file for file in os.listdir(f"out/{name}") if file.endswith(".tmp")]
+        counts["kills that left a half-written file"] += bool(half_written)
     finish(stage, f"--out_dir=out/{name}", *STAGES[stage])
     ours, theirs = weights(name), weights(stage)
     equal = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
