@@ -327,7 +327,12 @@ def build(cfg, folder):
     account = Account(find_files(cfg.input))
     path = os.path.join(folder, "tokenizer.model")
     if cfg.tokenizer:
-        load_tokenizer(cfg.tokenizer).save(path)
+        tok = load_tokenizer(cfg.tokenizer)
+        tok.save(path)
+        sample = "a\n\n  b"
+        if tok.decode(tok.encode(sample)) != sample:
+            print(f"note: --tokenizer={cfg.tokenizer} changes line breaks or spaces, {sample!r} to "
+                  f"{tok.decode(tok.encode(sample))!r}")
 
     # first pass: all documents in one file, in which order, and the vocabulary
     numbers = read_all(cfg, account, folder)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from configurator import check
 from recipes.near_duplicates import Seen
-from recipes.records import Part, Skip, read_file, stem
-from recipes.schemas import CHAT, TEXT, Drop, Tally, convert, split_of, unfold, words
+from recipes.records import READERS, UNPACKERS, Part, Skip, read_file, stem
+from recipes.schemas import CHAT, QUESTION, TEXT, Drop, Tally, convert, split_of, unfold, words
 
 ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # of a document, kept in memory
 ANY = 0  # the split it asks for
@@ -59,7 +59,7 @@ class Account:
               f"than max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on "
               "without them")
         check(n_documents, f"nothing is left of {read:,} records. Dropped: {listed(self.reasons('dropped'))}")
-        known = () if cfg.kind == "text" else CHAT
+        known = () if cfg.kind == "text" else CHAT - {*QUESTION, "history"}
         for path, tally in self.fields.items():
             used = ", ".join(sorted(tally.used))
             for name, characters in tally.ignored_characters.items():
@@ -82,7 +82,8 @@ class Account:
         for counts in totals.values():
             self.counts.update(counts)
         check(totals["train"]["documents"], f"nothing to train on: of {self.counts['read']} records "
-              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out). "
+              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
+              "that a file's name or a field split says). "
               f"Dropped: {listed(self.reasons('dropped')) or 'none'}")
 
     def summary(self):
@@ -105,13 +106,14 @@ def read_documents(cfg, account):
     counts = account.counts
     fields = read_names(cfg, "fields", CHAT | TEXT | {"split"})
     repeat = dict(read_names(cfg, "repeat", {stem(path) for path in files}))
-    is_divided = any(split_of(stem(path)) == "train" for path in files)  # into files like train-00.jsonl, test-00.jsonl
+    splits = {path: split_of_path(path, cfg.input) for path in files}
+    is_divided = "train" in splits.values()  # into train-00.jsonl and test-00.jsonl, or folders train/ and test/
     seen = Seen(cfg.near_duplicates) if cfg.near_duplicates else None
     size = sum(map(os.path.getsize, files))
     with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
         for path in files:
             times = repeat.get(stem(path), 1)
-            split = split_of(stem(path)) if is_divided else None
+            split = splits[path] if is_divided else None
             for where, record in read_records(path, cfg, bar):
                 counts["read"] += 1
                 counts["parts"] += isinstance(record, Part)
@@ -133,6 +135,18 @@ def read_documents(cfg, account):
                 yield text.encode(), SPLITS[notes.split or split], times
 
 
+def split_of_path(path, root):
+    """The split that a file's name says, "my.train.jsonl", or else the name of the nearest folder below `root`."""
+    inside = os.path.basename(path) if path == root else os.path.relpath(path, root)
+    for name in reversed(inside.lower().split(os.sep)):
+        for ending in (*UNPACKERS, *READERS):
+            name = name.removesuffix(ending)
+        split = split_of(name)
+        if split:
+            return split
+    return None
+
+
 def read_records(path, cfg, bar):
     """Yield (where, record) of a file, and move the progress bar by the bytes that were read of it."""
     before = bar.n
@@ -152,7 +166,7 @@ def note_skip(skip, where, counts):
     counts["skipped", skip.reason] += 1
     counts["noticed", "bytes not read"] += skip.lost
     if counts["skipped", skip.reason] <= 3:
-        tqdm.write(f"skipped {where}: {skip}"[:300], file=sys.stderr)
+        tqdm.write(f"skipped {where}: {skip}"[:600], file=sys.stderr)
 
 
 def read_names(cfg, setting, known):

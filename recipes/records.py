@@ -18,9 +18,11 @@ import json
 import lzma
 import os
 import re
+import sys
 
 from configurator import check, fail
 
+END_OF_TEXT = "<|endoftext|>"  # a line of a .txt between documents (TinyStories)
 MAX_CHARACTERS = 1_000_000  # longer documents of a .txt come in parts, so that a file of any size can be streamed
 
 
@@ -49,9 +51,13 @@ def find_files(path):
         for folder, _, names in os.walk(path):
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if extension(file) in READERS)
-    endings = sorted({os.path.splitext(file)[1] or "none" for file in found})
+    others = [file for file in found if extension(file) not in READERS]
+    endings = " ".join(sorted({os.path.splitext(file)[1] or "none" for file in others}))
     check(files, f"--input={path} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
-          f" found {len(found)} files with endings: {' '.join(endings) or '-'}")
+          f" found {len(found)} files with endings: {endings or '-'}")
+    if others:
+        print(f"note: {len(others)} of the {len(found)} files under {path} are not read, with endings: {endings}",
+              file=sys.stderr)
     return files
 
 
@@ -75,6 +81,8 @@ def read_file(path, raw, txt_document="blank"):
     """
     size = os.path.getsize(path)
     found = 0
+    if raw.peek(40).startswith(b"version https://git-lfs"):
+        fail(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from")
     try:
         unpack = UNPACKERS.get(os.path.splitext(path.lower())[1])
         source = unpack(raw) if unpack else raw
@@ -225,19 +233,24 @@ def repair(line, encoding):
 
 def read_txt(raw, txt_document):
     f = open_text(raw)
+    if END_OF_TEXT.encode() in f.buffer.peek():
+        txt_document = "marked"  # its documents say themselves where they end
     held = []
     size = 0
     start = 1
     number = 1
     while line := f.readline(MAX_CHARACTERS):  # a line of gigabytes comes in parts
+        is_whole = line.endswith(("\n", "\r"))
+        at_end = txt_document == "line" and is_whole or txt_document == "blank" and not line.strip()
+        if line.strip() == END_OF_TEXT:
+            at_end = True
+            line = "\n"
         try:
             held.append(repair(line, f.encoding))
         except Skip as e:
             yield number, e
         size += len(line)
-        is_whole = line.endswith(("\n", "\r"))
         number += is_whole
-        at_end = txt_document == "line" and is_whole or txt_document == "blank" and not line.strip()
         if at_end or size >= MAX_CHARACTERS:
             text = "".join(held).strip()
             if text:
@@ -275,7 +288,8 @@ def read_jsonl(raw, _):
         except BROKEN as e:
             if not line.endswith(("\n", "\r")) and breaks_off(e, text):
                 raise EOFError(f"line {number} does not end") from e
-            yield number, Skip("broken JSON", f"{e} in {text[:60]!r}")
+            hint = "; an array, or objects over several lines? Then call the file .json" if text in ("[", "{") else ""
+            yield number, Skip("broken JSON", f"{e} in {text[:60]!r}{hint}")
 
 
 def read_json(raw, _):
@@ -353,10 +367,28 @@ def read_csv(raw, _):
             except Skip:
                 yield line  # a row may have many lines, so it is judged below
 
-    rows = csv.DictReader(lines(), restkey="more")
-    for row in rows:
-        is_broken = has_surrogates("".join(map(str, row.values())))
-        yield rows.line_num, Skip("wrong encoding", f"{row!a:.60}") if is_broken else row
+    # what separates the names in the header separates the fields
+    separator = max(",;\t", key=f.buffer.peek().split(b"\n")[0].decode("latin-1").count)
+    rows = csv.DictReader(lines(), restkey="more", delimiter=separator, strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            if "expected after" not in str(e):
+                # a quote that never closes has swallowed all that follows
+                raise EOFError(f"{e}: the quote that opens in line {rows.line_num} or before does not close") from e
+            yield rows.line_num, Skip("broken CSV", str(e))
+            continue
+        more = row.get("more")
+        if isinstance(more, list):
+            n = len(row) - 1
+            row = Skip("broken CSV", f"{n + len(more)} fields, but the header names {n}: quotes must stand around a text "
+                       f"with {separator!r} in it")
+        elif has_surrogates("".join(map(str, row.values()))):
+            row = Skip("wrong encoding", f"{row!a:.60}")
+        yield rows.line_num, row
 
 
 def read_parquet(raw, _):
@@ -368,4 +400,6 @@ def read_parquet(raw, _):
             yield f"row {number}", record
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+READERS = {
+    ".txt": read_txt, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
+    ".tsv": read_csv, ".parquet": read_parquet}

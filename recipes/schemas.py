@@ -31,8 +31,10 @@ REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rej
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 THUMB = ("label", "kto_tag")
-CHAT = {"history", "data", "responses", "ranks", "order", *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED,
-        *REASONING, *TOOLS, *THUMB}
+RANKING = ("responses", "ranks", "order", "scores")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+CHAT = {"history", "data", *RANKING, *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED, *REASONING, *TOOLS,
+        *THUMB}
 TEXT = {"text", "content", "completion", "title", "summary", "sections"}
 
 # The fields of one turn.
@@ -41,10 +43,17 @@ CONTENT = ("content", "value", "text")
 CALLS = ("tool_calls", "function_call")
 WEIGHT = ("weight", "loss", "train")
 TURN = {*SPEAKER, *CONTENT, *CALLS, *WEIGHT, *REASONING}
-ROLES = {"user": "user", "human": "user", "用户": "user", "assistant": "assistant", "gpt": "assistant",
-         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant",
-         "moss": "assistant", "助手": "assistant", "function_call": "assistant", "system": "system",
-         "developer": "system", "tool": "tool", "observation": "tool", "function": "tool"}
+ROLES = {
+    **dict.fromkeys(("user", "human", "用户", "问", "q"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "moss", "助手", "答", "a",
+                     "function_call"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool")}
+
+# What the names of files, folders and splits say of what is held out.
+TRAIN_WORDS = ("train", "training", "trainset", "训练", "训练集")
+VAL_WORDS = ("val", "valid", "validation", "valset", "dev", "devel", "development", "devset", "test", "testing",
+             "testset", "eval", "evaluation", "heldout", "holdout", "held", "验证", "验证集", "测试", "测试集")
 
 
 class Drop(Skip):
@@ -92,27 +101,37 @@ def convert(record, kind, fields=()):
     try:
         named = rename(record, fields) if fields else record
         content = CONVERTERS[kind](named, notes)
+        if isinstance(record, dict):
+            note_split(record, named, fields, notes)
+            note_rest(record, notes.used, notes)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
     if not content:
         raise Skip("empty", brief(record))
-    if isinstance(record, dict):
-        notes.split = split_of(named.get("split") or record.get("split"))
-        if fields:
-            notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used}
-        if notes.split:
-            notes.used.add("split")
-        note_rest(record, notes.used, notes)
+    media = filled(record, MEDIA) if isinstance(record, dict) else []
+    if media and kind != "text" and not fields:
+        raise Skip("not text alone", f"the record has {media[0]}, which a model of text cannot see. --fields=… learns "
+                   "what it names, without that")
     return content, notes
 
 
+def note_split(record, named, fields, notes):
+    """Note which split the record asks for; and with --fields, which of its fields were used under our names."""
+    notes.split = split_of(named.get("split") or record.get("split"))
+    if fields:
+        notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used}
+    if notes.split:
+        notes.used.add("split")
+
+
 def split_of(name):
-    """The split that is meant by "validation", "dev", "test_sft" and the like: "train", "val" or None."""
-    name = str(name).lower()
-    if name.startswith("train"):
-        return "train"
-    if name.startswith(("val", "dev", "test", "eval", "heldout", "held_out")):
-        return "val"
+    """The split that is meant by "validation", "train-00001", "cmrc2018_dev" and the like: "train", "val" or None."""
+    words = re.findall(r"[a-z]+|[\u4e00-\u9fff]+", str(name).lower())
+    for word in words[:1] + words[-1:]:
+        if word in TRAIN_WORDS:
+            return "train"
+        if word in VAL_WORDS:
+            return "val"
     return None
 
 
@@ -121,7 +140,7 @@ def rename(record, fields):
     renamed = {}
     for ours, theirs in fields:
         value = record
-        for name in theirs.split("."):  # "meta.text" lies inside of meta
+        for name in [theirs] if theirs in record else theirs.split("."):  # "meta.text" lies inside of meta
             value = value.get(name) if isinstance(value, dict) else None
         if is_empty(value):
             continue
@@ -198,9 +217,22 @@ def note_rest(item, known, notes, prefix=""):
     """Note the fields of a record that are ignored, or of a part of it."""
     for key, value in item.items():
         if key not in known and not is_empty(value):
-            # addresses, numbers and the like are no text: it has spaces, or characters beyond ASCII
-            is_prose = isinstance(value, str) and (" " in value or not value.isascii())
-            notes.ignored[clean(prefix + key)] = len(value) if is_prose else 0
+            notes.ignored[clean(prefix + key)] = prose(value)
+
+
+def prose(value):
+    """Characters of text in a field, however deep they lie."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(prose(part) for part in value)
+    # addresses, numbers and the like are no text: it has spaces, or characters beyond ASCII
+    is_text = isinstance(value, str) and (" " in value or not value.isascii())
+    return len(value) if is_text else 0
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def brief(value):
@@ -271,7 +303,8 @@ def to_text(record, notes):
 
 # ---------------------------------------------------------------------------- messages
 
-TRANSCRIPT = re.compile(r"(?:^|\n|###)[ \t]*(Human|User|Assistant|用户|助手)[ \t]*[:：]")
+TRANSCRIPT = re.compile(r"(?:^|\n|###)[ \t]*<?(System|Human|User|Instruction|Assistant|Bot|GPT|AI|Response|用户|助手|问|答"
+                        r"|Q|A)>?[ \t]*[:：]", re.IGNORECASE)
 
 
 def message(role, text, weight=1):
@@ -286,8 +319,9 @@ def said(text, role):
     """Messages of a text: one, or those of a transcript, "Human: … Assistant: …"."""
     # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
     before, *parts = TRANSCRIPT.split(text)
-    speakers = [ROLES[name.lower()] for name in parts[::2]]
-    if before.strip() or speakers[:1] != ["user"] or "assistant" not in speakers:
+    speakers = [speaker_of(name.lower()) for name in parts[::2]]
+    first_asked = [speaker for speaker in speakers if speaker != "system"][:1]
+    if before.strip() or first_asked != ["user"] or "assistant" not in speakers:
         return [message(role, text)]
     messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
     if not messages[-1]["content"]:
@@ -327,10 +361,13 @@ def read_turn(turn, name, notes, role=None):
     if role is None:
         raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
     content = first(turn, CONTENT)
+    if not {*CONTENT, *CALLS, *REASONING} & set(turn):
+        raise Skip("wrong type", f"{name} holds a turn without words, {there(turn)}; wanted {', '.join(CONTENT)}")
     if speaker == "function_call":
         content = call_tools(content)
-    elif role == "tool" and isinstance(content, dict):
-        content = as_json(content)
+    elif role == "tool" and isinstance(content, (dict, list)):
+        is_parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+        content = content if is_parts else as_json(content)
     # what a model thinks, says and calls are one text to learn, in this order
     parts = [think(first(turn, REASONING)), as_text(content, name)]
     parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
@@ -344,7 +381,7 @@ def read_turn(turn, name, notes, role=None):
 
 
 def speaker_of(key):
-    """Who says what a field of this name holds: "user", "assistant", … or None."""
+    """Who says what a field of this name holds, or stands behind it: "user", "assistant", … or None."""
     if key in QUESTION:
         return "user"
     if key in ANSWER:
@@ -435,6 +472,9 @@ def read_question(record, notes):
     texts = []
     for name in QUESTION:
         value = take(record, notes, name)
+        is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        if is_texts and len(filled(record, QUESTION)) > 1:
+            value = "\n".join(value)  # passages beside a question, not turns
         if isinstance(value, (list, dict)):
             messages += read_turns(value, name, notes)
         elif value is not None and as_text(value, name) not in texts:
@@ -456,7 +496,9 @@ def read_answer(record, notes):
         notes.used.add(name)
         if record[name] != value:
             raise Skip("two answers", f"{' and '.join(names)} differ: --fields=question:…,answer:{name} learns {name}")
-    if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
+    if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
+        value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
+    if isinstance(value, list) and all(is_answer(answer) for answer in value):
         if len(value) > 1:
             raise Skip("several answers", f"{names[0]} holds {len(value)}, best first? Then --kind=pairs ranks them")
         value = value[0]
@@ -466,11 +508,16 @@ def read_answer(record, notes):
     return [message("assistant", "\n".join(part for part in parts if part))]
 
 
+def is_answer(value):
+    """Whether an entry of a list is an answer by itself, and not a turn of one."""
+    return isinstance(value, str) or isinstance(value, dict) and not filled(value, SPEAKER)
+
+
 def is_thumbs_down(record, notes):
     """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone;
     other records have classes of that name."""
-    bad = ("false", "0") if "completion" in record else ("false",)
-    good = ("true", "1") if "completion" in record else ("true",)
+    bad = ("false", "0", "0.0", "-1") if "completion" in record else ("false",)
+    good = ("true", "1", "1.0") if "completion" in record else ("true",)
     for name in filled(record, THUMB):
         word = str(record[name]).lower()
         if word in good + bad:
@@ -487,9 +534,14 @@ def to_conversation(record, notes):
             raise Drop("thumbs down")
         if not messages or messages[-1]["role"] != "assistant":
             messages += read_answer(record, notes)
+        elif not filled(record, (*TURNS, "data")):
+            for another in read_answer(record, notes):
+                if another not in messages:
+                    raise Skip("two answers", "the question ends with an answer, and there is another: "
+                               f"{brief(another['content'])}")
     messages = [m for m in messages if m["content"] or m["role"] != "system"]
     # after an empty turn nobody knows who says what, and after the last answer there is nothing to learn
-    before_empty = list(itertools.takewhile(lambda m: m["content"], messages))
+    before_empty = list(itertools.takewhile(lambda m: m["content"] or m["role"] == "tool", messages))
     if len(before_empty) < len(messages):
         notes.cut["turns from an empty one on"] += 1
     whole = until_answer(before_empty)
@@ -504,8 +556,9 @@ def to_conversation(record, notes):
     is_known = names & {"data", *TURNS} or names & set(QUESTION) and names & set(ANSWER)
     if messages and is_known:
         raise Skip("empty", "no question with an answer")
-    raise Skip("no answer" if messages else "no question and answer", f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and "
-               f"an answer ({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
+    reason = "no answer" if messages else "no question and answer"
+    raise Skip(reason, f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and an answer "
+               f"({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
 
 
 def to_question(record, notes):
@@ -523,30 +576,56 @@ def to_question(record, notes):
 
 
 def read_ranks(record, notes):
-    """The answers to one question and their ranks, the lowest is the best: responses with ranks or with an order (their
-    indices, best first); one chosen and one or more rejected; or a list of answers, best first."""
-    answers = take(record, notes, "responses")
+    """The answers to one question and their ranks, the lowest is the best: responses (or a list of answers) with ranks,
+    scores or an order (their indices, best first); one chosen and one or more rejected; a list of answers, best
+    first."""
+    several = ["responses"]
+    if filled(record, RANKING[1:]):
+        several += [name for name in ANSWER if isinstance(record.get(name), list)]
+    answers = take(record, notes, *several)
     if answers is not None:
         answers = as_list(answers, "responses")
         ranks = as_list(take(record, notes, "ranks"), "ranks")
+        scores = as_list(take(record, notes, "scores"), "scores")
+        if not ranks and all(is_number(score) for score in scores):
+            ranks = [-score for score in scores]  # the highest is the best
         if not ranks:
             order = as_list(take(record, notes, "order"), "order")
             ranks = [order.index(i) if i in order else None for i in range(len(answers))]
-        if not answers or len(ranks) != len(answers) or not all(isinstance(rank, (int, float)) for rank in ranks):
-            raise Skip("no ranking", f"{len(answers)} responses, but ranks or order are {ranks}")
+        if not answers or len(ranks) != len(answers) or not all(map(is_number, ranks)):
+            raise Skip("no ranking", f"{len(answers)} responses; wanted as many numbers in ranks (lowest best), scores "
+                       f"(highest best) or order (indices, best first): {there(record)}")
         return answers, ranks
     chosen = take(record, notes, *CHOSEN)
     rejected = take(record, notes, *REJECTED)
     if chosen is not None and rejected is not None:
         several = isinstance(rejected, list) and all(isinstance(answer, str) for answer in rejected)
         rejected = rejected if several else [rejected]
+        if isinstance(chosen, list) and len(chosen) == 1:
+            chosen = chosen[0]
         return [chosen, *rejected], [0] + [1] * len(rejected)
     answers = take(record, notes, *ANSWER)
     if isinstance(answers, list) and len(answers) > 1:
+        check_best_first(answers, record)
         return answers, list(range(len(answers)))
     hint = "; thumbs up or down of one answer: --kind=sft learns the good ones" if filled(record, THUMB) else ""
     raise Skip("no ranked answers", f"{there(record)}; wanted chosen and rejected, responses and ranks, or a list of "
                f"answers{hint}. --fields=chosen:…,rejected:… says which is which")
+
+
+def check_best_first(answers, record):
+    """Raise Skip where numbers stand beside a list of answers, or in each of them: then its order may mean nothing."""
+    lists = {}
+    for name, value in record.items():
+        if isinstance(value, list) and len(value) == len(answers):
+            lists[name] = value
+    for answer in answers:
+        if isinstance(answer, dict):
+            lists |= {name: [value] for name, value in answer.items() if name in ("rank", "score", "rating")}
+    for name, values in lists.items():
+        if all(is_number(value) for value in values):
+            raise Skip("no ranking", f"does {name} rank the answers? --fields=prompt:…,responses:…,ranks:{name} (lowest"
+                       f" best) or scores:{name} (highest best); --fields=prompt:…,answer:… takes them as best first")
 
 
 def to_ranking(record, notes):
@@ -562,7 +641,10 @@ def to_ranking(record, notes):
         if isinstance(answers[i], (list, dict)):
             turns = read_turns(answers[i], "answers", notes, "assistant")
         else:
-            turns = said(as_text(answers[i], "answers"), "assistant")
+            text = as_text(answers[i], "answers")
+            if isinstance(record.get("prompt"), str):
+                text = text.removeprefix(record["prompt"])  # the whole conversation, from its beginning
+            turns = said(text, "assistant")
         if turns and turns[0]["role"] == "assistant":
             turns = prompt + turns
         elif turns and turns[0]["role"] != "system":
@@ -600,9 +682,20 @@ def words(content):
 CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}
 
 
+def are_records(value):
+    """Whether a list holds whole records, not the turns of one conversation."""
+    names = {*QUESTION, *ANSWER, *TURNS, *CHOSEN, "text", "content"}
+    if not value or not isinstance(value, list):
+        return False
+    return all(isinstance(item, dict) and names & set(item) and not filled(item, SPEAKER) for item in value)
+
+
 def unfold(record, kind):
-    """The records that are kept in one: a list of documents (WuDao), or {instruction, instances: [{input, output}]}."""
-    if kind == "text" and isinstance(record, list):
+    """The records that are kept in one: a list of documents (WuDao) or of records, also under data; or {instruction,
+    instances: [{input, output}]}."""
+    if isinstance(record, dict) and are_records(record.get("data")) and not set(record) & (CHAT | TEXT) - {"data"}:
+        record = record["data"]
+    if isinstance(record, list) and (kind == "text" or are_records(record)):
         yield from record
     elif isinstance(record, dict) and isinstance(record.get("instances"), list):
         shared = {name: value for name, value in record.items() if name != "instances"}

@@ -796,3 +796,149 @@ def test_split_names():
     assert {split_of(name) for name in ("train", "TRAIN", "train_sft", "training")} == {"train"}
     assert {split_of(name) for name in ("validation", "valid", "val", "dev", "test", "eval", "Test_sft")} == {"val"}
     assert {split_of(name) for name in ("fold3", ["a"], None, 7, "")} == {None}
+
+
+def test_splits_are_told_by_whole_words_of_files_and_folders(tok_file):
+    assert {split_of(name) for name in ("my_train", "训练集", "train-00000-of-00002")} == {"train"}
+    assert {split_of(name) for name in (" test", "cmrc2018_dev", "held-out", "holdout", "测试集")} == {"val"}
+    assert {split_of(name) for name in ("values", "testimony", "developer_notes", "traineeship")} == {None}
+    os.makedirs("in/train")
+    os.makedirs("in/test")
+    write("in/train/a.jsonl", [{"text": f"床前明月光{i}"} for i in range(20)])
+    write("in/test/a.jsonl", [{"text": f"疑是地上霜{i}"} for i in range(5)])
+    write("in/values.jsonl", [{"text": f"举头望明月{i}"} for i in range(5)])
+    folder = run(tok_file, val_fraction=0.0)
+    assert folder.texts("val") == [f"疑是地上霜{i}" for i in range(5)] and len(folder.texts("train")) == 25
+
+
+@pytest.mark.parametrize("record,answers", [
+    ({"prompt": "问", "output": ["中", "坏", "好"], "ranks": [2, 3, 1]}, ["好", "中", "坏"]),
+    ({"prompt": "问", "response": ["中", "坏", "好"], "order": [2, 0, 1]}, ["好", "中", "坏"]),
+    ({"prompt": "问", "responses": ["坏", "好"], "scores": [0.1, 0.9]}, ["好", "坏"]),
+    ({"prompt": "问", "chosen": ["好"], "rejected": ["坏"]}, ["好", "坏"]),
+    ({"prompt": "Human: 问\nAssistant:", "chosen": "Human: 问\nAssistant: 好", "rejected": "Human: 问\nAssistant: 坏"},
+     ["好", "坏"]),
+])
+def test_ranked_answers_in_other_shapes(record, answers):
+    assert convert(record, "pairs")[0] == {"prompt": messages("u:问"), "answers": answers}
+
+
+@pytest.mark.parametrize("record,kind,reason", [
+    # numbers beside answers: is their order the order of the list?
+    ({"prompt": "问", "output": ["坏", "好"], "stars": [1, 5]}, "pairs", "no ranking"),
+    ({"prompt": "问", "output": [{"text": "坏", "score": 1}, {"text": "好", "score": 5}]}, "pairs", "no ranking"),
+    ({"prompt": "问", "responses": ["坏", "好"], "ranks": [True, False]}, "pairs", "no ranking"),
+    # a question that ends with an answer, and another one
+    ({"prompt": messages("u:问", "a:一"), "completion": "二"}, "sft", "two answers"),
+    ({"instruction": "Human: 问\nAssistant: 一", "output": "二"}, "sft", "two answers"),
+    # answers that are objects
+    ({"question": "问", "answer": [{"text": "好", "score": 1}, {"text": "坏", "score": 0}]}, "sft", "several answers"),
+    ({"question": "问", "answer": {"text": ["一", "二"], "answer_start": [0, 4]}}, "sft", "several answers"),
+    ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "parts": ["答"]}]}, "sft", "wrong type"),
+    # what a model of text cannot see
+    ({"image": "a.jpg", "conversations": messages("u:这是什么？", "a:猫")}, "sft", "not text alone"),
+    ({"prompt": "问", "completion": "答", "label": 0.0}, "sft", "thumbs down"),
+    ({"prompt": "问", "completion": "答", "label": -1}, "sft", "thumbs down"),
+])
+def test_what_is_unclear_is_not_learned(record, kind, reason):
+    with pytest.raises(Skip) as e:
+        convert(record, kind)
+    assert e.value.reason == reason
+
+
+@pytest.mark.parametrize("record,turns", [
+    ({"context": ["段一", "段二"], "question": "问", "answer": "答"}, ["u:问\n段一\n段二", "a:答"]),
+    ({"question": "问", "answer": {"text": ["答"], "answer_start": [2]}}, ["u:问", "a:答"]),
+    ({"text": "System: 诗人\nQ: 问\nA: 答"}, ["s:诗人", "u:问", "a:答"]),
+    ({"text": "### Instruction:\n问\n### Response:\n答"}, ["u:问", "a:答"]),
+    ({"text": "问：一加一？\n答：二"}, ["u:一加一？", "a:二"]),
+    ({"messages": messages("u:问", "a:查", "t:", "a:答")}, ["u:问", "a:查", "t:", "a:答"]),
+    ({"messages": [*messages("u:问", "a:查"), {"role": "tool", "content": [{"city": "北京"}]}, *messages("a:答")]},
+     ["u:问", "a:查", 't:[{"city": "北京"}]', "a:答"]),
+    ({"messages": messages("u:问", "a:答"), "answer": "另一个"}, ["u:问", "a:答"]),
+])
+def test_conversations_in_other_shapes(record, turns):
+    assert convert(record, "sft")[0] == messages(*turns)
+
+
+@pytest.mark.parametrize("kind", ["sft", "prompts"])
+def test_lists_of_records_are_many_records(tok_file, kind):
+    records = [{"instruction": f"问{i}", "output": f"答{i}"} for i in range(20)]
+    os.mkdir("in")
+    write("in/lines.jsonl", [records[:10]])
+    write("in/data.jsonl", [{"data": records[10:]}])
+    folder = run(tok_file, kind=kind)
+    assert folder.meta["read"] == folder.meta["kept"] == 20
+    if kind == "sft":
+        assert set(folder.learned() + folder.learned("val")) == {f"答{i}<|im_end|>" for i in range(20)}
+
+
+def test_context_beside_a_conversation_is_not_lost_in_silence(tok_file):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"context": "很长的一段话" * 20, "messages": messages("u:问", "a:答")}] * 3)
+    with pytest.raises(SystemExit, match="context"):
+        run(tok_file, kind="sft")
+    folder = run(tok_file, kind="sft", fields="system:context,messages:messages", val_fraction=0.0)
+    assert "很长的一段话" in folder.texts()[0]
+
+
+def test_a_long_list_counts_as_ignored_text(tok_file):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": f"短题目五字{i}", "body": ["很长的一段话" * 9, "还有一段"]} for i in range(9)])
+    with pytest.raises(SystemExit, match="body"):
+        run(tok_file)
+
+
+def test_csv_with_an_open_quote_or_too_many_fields(tok_file, capsys):
+    os.mkdir("in")
+    rows = [f"春眠不觉晓第{i}号,{i}" for i in range(40)]
+    with open("in/a.csv", "w") as f:
+        f.write("\n".join(["text,id", *rows[:20], '"处处闻啼鸟,1', *rows[20:]]))
+    folder = run(tok_file, max_skipped=1.0)
+    assert folder.meta["kept"] == 20 and folder.meta["skipped"] == {"damaged file": 1}
+    assert "the quote that opens in line" in capsys.readouterr().err
+    with open("in/a.csv", "w") as f:
+        f.write("\n".join(["text,id", *rows, "春眠,不觉晓,处处"]))
+    assert run(tok_file).meta["skipped"] == {"broken CSV": 1}
+
+
+@pytest.mark.parametrize("ending,separator", [("tsv", "\t"), ("csv", ";"), ("csv", "\t")])
+def test_other_separators(tok_file, ending, separator):
+    os.mkdir("in")
+    with open(f"in/a.{ending}", "w") as f:
+        f.write("".join(f"{name}{separator}{text}\n" for name, text in [("id", "text"), *enumerate(POEMS)]))
+    assert run(tok_file).all_texts() == sorted(POEMS)
+
+
+def test_a_txt_that_marks_where_its_documents_end(tok_file):
+    os.mkdir("in")
+    with open("in/a.txt", "w") as f:
+        f.write("床前明月光，\n\n疑是地上霜。\n<|endoftext|>\n白日依山尽，\n黄河入海流。\n<|endoftext|>\n")
+    assert run(tok_file, val_fraction=0.0).all_texts() == ["床前明月光，\n\n疑是地上霜。", "白日依山尽，\n黄河入海流。"]
+
+
+def test_files_that_are_not_read_are_named(tok_file, capsys):
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": poem} for poem in POEMS])
+    write("in/b.jsonl.zip", [])
+    write("in/c.md", [])
+    run(tok_file)
+    assert "2 of the 3 files under in are not read, with endings: .md .zip" in capsys.readouterr().err
+
+
+def test_a_pointer_of_git_lfs_is_refused(tok_file):
+    os.mkdir("in")
+    with open("in/a.txt", "w") as f:
+        f.write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(SystemExit, match="git lfs pull"):
+        run(tok_file)
+
+
+def test_a_vocabulary_that_changes_line_breaks_says_so(tmp_path, capsys):
+    import sentencepiece
+    os.mkdir("in")
+    write("in/a.jsonl", [{"text": poem} for poem in POEMS])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(POEMS * 9), model_prefix="m", vocab_size=320,
+                                             byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    run("m.model")
+    assert "m.model changes line breaks or spaces" in capsys.readouterr().out
