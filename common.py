@@ -159,8 +159,10 @@ def catch_signals(env):
         signal.signal(number, signal.SIG_DFL)
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # what nohup has told us to ignore stays ignored
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def lock(folder, env):
@@ -216,13 +218,14 @@ def compile_blocks(model, cfg, env):
 
 
 def finish(cfg, env, step, hint=""):
-    """Say how the run ended, and leave the other processes."""
+    """Say how the run ended, and leave the other processes. A run that was stopped does not exit with 0, so that
+    `pretrain.py … && sft.py …` stops as well."""
+    stopped = step < cfg.max_steps
     if env.main:
         how = "done"
-        if env.signals:
-            how = f"stopped by {env.signals[0]}; the same command goes on from here"
-        elif step < cfg.max_steps:
-            how = "stopped by another process; the same command goes on from here"
+        if stopped:
+            who = env.signals[0] if env.signals else "another process"
+            how = f"stopped by {who}; the same command goes on from here"
         memory = peak_memory(env) / 2 ** 30
         print(f"{cfg.out_dir}/ckpt.pt: step {step}, {how}. Peak memory {memory:.2f} GiB. {hint}", flush=True)
     if env.lock:
@@ -232,7 +235,9 @@ def finish(cfg, env, step, hint=""):
         dist.destroy_process_group()
         # taking DistributedDataParallel apart while gloo's threads end can wait for ever: leave without it
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(3 * stopped)
+    if stopped:
+        sys.exit(3)
 
 
 @contextlib.contextmanager
@@ -381,6 +386,7 @@ def parts_of(name, p, config):
 
 def lr_at(step, cfg):
     """Learning rate of a step: linear warmup, then cosine to min_lr, or (decay_steps > 0) flat and a linear fall."""
+    check(cfg.min_lr <= cfg.lr, f"min_lr={cfg.min_lr} exceeds lr={cfg.lr}: the rate would rise to it. Give both")
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     decay_steps = getattr(cfg, "decay_steps", 0)
@@ -537,6 +543,8 @@ def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
     weights, states = gather_shards([weights, states], env)
     if not env.main:
         return
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
     save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
     save_checkpoint(os.path.join(cfg.out_dir, name), {
         "stage": stage_of(cfg),
@@ -570,7 +578,7 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=dist.is_initialized())
     except Exception as error:  # cut short, another format, or code where weights should be
         check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of "
-              "ours")
+              "ours. Move it away; best.pt beside it, where there is one, is whole and can take its place")
     wanted = {"stage", "model", "model_config", "fingerprint"}
     known = isinstance(checkpoint, dict) and wanted <= checkpoint.keys()
     check(known, f"{path} is not a checkpoint of this project")
@@ -683,8 +691,11 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
             for name, value in values.items():
                 if value.ndim:  # of the shape of its parameter; the count of steps is a single number
                     values[name] = shard_like(value, params[number])
+        # averages are the checkpoint's; rates, decay and momentum are what the settings say now
+        state["param_groups"] = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state)
-    env.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:  # empty where products were in bf16 or fp32
+        env.scaler.load_state_dict(checkpoint["scaler"])
     step = checkpoint["step"]
     if env.main:
         then = checkpoint["config"]
@@ -699,6 +710,8 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
 def check_same_run(path, checkpoint, cfg, model, tokenizer):
     """Exit where the checkpoint is not an earlier state of this very run."""
     then = checkpoint["config"]
+    check(then and checkpoint["optimizers"], f"{path} holds weights alone (imported or merged): no run that could go on. "
+          "Choose another --out_dir")
     theirs = {
         **checkpoint["model_config"],
         "lora": checkpoint.get("lora"),
@@ -708,10 +721,16 @@ def check_same_run(path, checkpoint, cfg, model, tokenizer):
         "lora": getattr(model, "lora", None),
         "tokenizer": tokenizer.fingerprint[:12]}
     # which rows a step holds follows from its number: with other batches, rows would be left out or learned twice
-    for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir"):
+    for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir", "init_from", "advantage", "loss"):
         if hasattr(cfg, key):
             theirs[key] = then.get(key)
             ours[key] = getattr(cfg, key)
+    for folders in (theirs, ours):
+        for key in ("data_dir", "init_from"):
+            folders[key] = os.path.normpath(str(folders.get(key)))
+    if hasattr(cfg, "centre"):  # at 0 the head's bias does not learn
+        theirs["centre > 0"] = then["centre"] > 0
+        ours["centre > 0"] = cfg.centre > 0
     rows_then = then["batch_size"] * then["grad_accum"]
     if rows_then == cfg.batch_size * cfg.grad_accum:  # only shared out otherwise
         for key in ("batch_size", "grad_accum"):

@@ -25,11 +25,12 @@ import types
 from typing import Annotated, Literal, get_args, get_origin
 
 # Types for the fields of a Config. They say which numbers make sense, so that nothing is trained with --batch_size=0.
-Count = Annotated[int, "a whole number, 1 or more", lambda x: x >= 1]
-Whole = Annotated[int, "a whole number, 0 or more", lambda x: x >= 0]
-Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
-NonNegative = Annotated[float, "a number, 0 or more", lambda x: 0 <= x < math.inf]
+Count = Annotated[int, "a whole number, 1 or more", lambda x: 1 <= x < 2 ** 63]
+Whole = Annotated[int, "a whole number, 0 or more", lambda x: 0 <= x < 2 ** 63]
+Positive = Annotated[float, "a number above 0", lambda x: 0 < x < 1e38]
+NonNegative = Annotated[float, "a number, 0 or more", lambda x: 0 <= x < 1e38]
 Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
+Fraction = Annotated[float, "a number from 0 to below 1", lambda x: 0 <= x < 1]
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -73,6 +74,10 @@ def run(main, Config, positional=None):
     except (OSError, ValueError) as error:
         fail(error)
     except Exception as error:
+        reason = str(error).split("\n")[0]
+        if isinstance(error, MemoryError) or "out of memory" in reason or "allocate memory" in reason:
+            fail(f"not enough memory: {reason}. A smaller --batch_size (with a larger --grad_accum the step stays the "
+                 "same) or model, --checkpoint_blocks=True in pretrain.py")
         if "RANK" not in os.environ:
             raise
         if os.environ["RANK"] == "0":
@@ -105,9 +110,9 @@ def load_config(Config, argv=None, positional=None):
             from_words[key] = read_value(Config, key, value, "the command line")
         elif word.endswith(".py"):
             check(os.path.isfile(word), f"config file '{word}' does not exist (in {os.getcwd()})")
-            for key, value in runpy.run_path(word).items():
+            for key, value in run_file(word).items():
                 is_setting = not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
-                if is_setting:
+                if is_setting or key in Config.__dataclass_fields__:
                     from_file[key] = read_value(Config, key, value, word)
         else:
             free = positional and positional not in from_words
@@ -117,6 +122,14 @@ def load_config(Config, argv=None, positional=None):
     cfg = Config(**settings)
     cfg.given = set(settings)  # their names, for a stage that chooses the others itself
     return cfg
+
+
+def run_file(path):
+    """Return {name: value} of what a Python file assigns."""
+    try:
+        return runpy.run_path(path)
+    except Exception as error:
+        fail(f"config file {path}: {type(error).__name__}: {error}")
 
 
 def read_value(Config, key, value, where):
@@ -159,7 +172,10 @@ def parse(value, kind, error):
         return bool(value)
     check(isinstance(value, (int, float)) and not isinstance(value, bool), error)
     check(kind is float or value == value // 1, error)  # 1e5 is a fine int, 0.5 is not
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        fail(error)
 
 
 def changed(cfg):

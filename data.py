@@ -51,18 +51,26 @@ def open_data(folder, kind=None, fingerprint=None):
     name = os.path.basename(os.path.normpath(folder))
     check(os.path.isfile(path), f"no data in '{folder}'. Make some: python prepare.py {name} --input=FILE_OR_FOLDER "
           f"--kind={kind or 'text'}; or that of the poems: python prepare.py poems (-sft, -pairs, -prompts)")
-    with open(path, encoding="utf-8") as f:
-        meta = json.load(f)
-    check(kind in (None, meta["kind"]), f"'{folder}' holds data of kind {meta['kind']}, this stage reads {kind}")
-    check(fingerprint in (None, meta["fingerprint"]),
-          f"'{folder}' was made with tokenizer {meta['fingerprint'][:12]}, the checkpoint with {str(fingerprint)[:12]}"
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        sizes = {split: (meta[split]["tokens"], meta[split]["documents"]) for split in ("train", "val")}
+        data_type = np.dtype(meta["dtype"])
+        own_kind = meta["kind"]
+        own_fingerprint = meta["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        check(False, f"{path} is damaged ({type(error).__name__}: {error}). Prepare the folder again")
+    check(kind in (None, own_kind), f"'{folder}' holds data of kind {own_kind}, this stage reads {kind}")
+    check(fingerprint in (None, own_fingerprint),
+          f"'{folder}' was made with tokenizer {own_fingerprint[:12]}, the checkpoint with {str(fingerprint)[:12]}"
           ". Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
 
-    def memmap(name, dtype, length):
+    def memmap(name, dtype, length, lacking=()):
+        if own_kind in lacking:
+            return None  # this kind of data has no such file
         path = os.path.join(folder, name)
+        check(os.path.exists(path), f"{path} is missing. Prepare the folder again")
         dtype = np.dtype(dtype).newbyteorder("<")
-        if not os.path.exists(path):
-            return None
         size = os.path.getsize(path)
         wanted = length * dtype.itemsize
         check(size == wanted, f"{path} has {size:,} bytes, meta.json says {wanted:,}. Prepare the folder again")
@@ -71,14 +79,11 @@ def open_data(folder, kind=None, fingerprint=None):
         return np.memmap(path, dtype, mode="r")
 
     splits = []
-    for split in ("train", "val"):
-        n_tokens = meta[split]["tokens"]
-        n_documents = meta[split]["documents"]
-        tokens = memmap(f"{split}.bin", meta["dtype"], n_tokens)
-        mask = memmap(f"{split}.mask", np.uint8, n_tokens)
-        idx = memmap(f"{split}.idx", np.int64, n_documents + 1)
-        group = memmap(f"{split}.group", np.int32, n_documents)
-        check(tokens is not None, f"{folder}/{split}.bin is missing. Prepare the folder again")
+    for split, (n_tokens, n_documents) in sizes.items():
+        tokens = memmap(f"{split}.bin", data_type, n_tokens)
+        mask = memmap(f"{split}.mask", np.uint8, n_tokens, ("text", "prompts"))
+        idx = memmap(f"{split}.idx", np.int64, n_documents + 1, ("text",))
+        group = memmap(f"{split}.group", np.int32, n_documents, ("text", "prompts", "sft"))
         splits.append(Split(tokens, mask, idx, group, meta[split]))
     return splits[0], splits[1], meta
 

@@ -64,7 +64,11 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
         # the router's weight is read directly, not through its forward: an adapter on it would do nothing
         if isinstance(module, nn.Linear) and "blocks." in name and not name.endswith("router"):
             layers[name] = module
-    chosen = {name: layer for name, layer in layers.items() if re.search(rf"(^|\.)({targets})$", name)}
+    try:
+        pattern = re.compile(rf"(^|\.)({targets})$")
+    except re.error as error:
+        check(False, f"lora_targets={targets!r} is no regular expression: {error}")
+    chosen = {name: layer for name, layer in layers.items() if pattern.search(name)}
     known = sorted({name.split(".")[-1] for name in layers})
     check(chosen and rank > 0, f"lora_targets={targets!r} and lora_rank={rank} adapt nothing; the rank must be 1 or "
           f"more, the layers are {', '.join(known)}")

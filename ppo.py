@@ -245,8 +245,11 @@ def function_scorer(spec, tokenizer):
             begin = mask.index(1)
             prompt = tokenizer.decode(ids[:begin], skip_special=True)
             answer = tokenizer.decode(ids[begin:], skip_special=True)
-            scores.append(float(function(prompt, answer)))
-        return torch.tensor(scores)
+            score = function(prompt, answer)
+            check(isinstance(score, (int, float)) and math.isfinite(score), f"the reward of {answer!r} is {score}: the "
+                  "function must return a finite number")
+            scores.append(score)
+        return torch.tensor(scores, dtype=torch.float32)
 
     return scorer
 
@@ -331,14 +334,17 @@ def main(cfg):
     actor, tokenizer, _ = load_model(cfg.init_from, env.device)
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     critic = None
+    windows = [actor.config.max_seq_len]  # tokens that each model can see
     if cfg.advantage == "gae":
         # a reward model's weights already know what raises a score
         critic = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
+        windows.append(critic.config.max_seq_len)
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer)
     else:
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
+        windows.append(reward_model.config.max_seq_len)
     watcher = function_scorer(cfg.watch, tokenizer) if cfg.watch else None
     actor_net = parallel(actor, env)  # the model, plus the exchange of gradients between processes
     critic_net = parallel(critic, env) if critic else None
@@ -346,12 +352,12 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
     longest = max(np.diff(split.idx).max(initial=0) for split in (train, val))
-    room = actor.config.max_seq_len
+    room = min(windows)
     check(longest + cfg.max_new_tokens <= room, f"{cfg.data_dir} has a prompt of {longest} tokens; with max_new_tokens="
-          f"{cfg.max_new_tokens} that exceeds the {room} tokens the model can see. Prepare it again with a smaller "
+          f"{cfg.max_new_tokens} that exceeds the {room} tokens the models can see. Prepare it again with a smaller "
           "--max_length, or lower --max_new_tokens")
     if cfg.ptx_coef:
-        ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, room, env)
+        ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, actor.config.max_seq_len, env)
     stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
     pad_id = tokenizer.pad_id
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # first, as it says how to install what is missing
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Config:
     lr: Positive = 1e-3
     min_lr: NonNegative = 1e-4     # at the last step
     adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
-    momentum: Share = 0.95         # muon
+    momentum: Fraction = 0.95      # muon
     warmup_steps: Whole = 50
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.1

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # first, as it says how to install what is missing
-from configurator import Count, NonNegative, Positive, Share, Whole, check, run
+from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Config:
     lr: Positive = 3e-4
     min_lr: NonNegative = 3e-5     # at the last step
     adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
-    momentum: Share = 0.95         # muon
+    momentum: Fraction = 0.95      # muon
     warmup_steps: Whole = 20
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.0
@@ -201,8 +201,9 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "sft", tokenizer.fingerprint)
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
-    check(cfg.seq_len <= model.config.max_seq_len, f"seq_len={cfg.seq_len} exceeds the {model.config.max_seq_len} "
-          "tokens the model can see")
+    window = min(m.config.max_seq_len for m in (model, teacher or model))
+    check(cfg.seq_len <= window, f"seq_len={cfg.seq_len} exceeds the {window} tokens that the model or its teacher can "
+          "see")
     lengths = np.diff(train.idx) - 1                                       # inputs of each conversation
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)  # and its learned targets
     # several short conversations share a row: as good as nothing is padding

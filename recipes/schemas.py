@@ -594,7 +594,7 @@ def read_ranks(record, notes):
             ranks = [order.index(i) if i in order else None for i in range(len(answers))]
         if not answers or len(ranks) != len(answers) or not all(map(is_number, ranks)):
             raise Skip("no ranking", f"{len(answers)} responses; wanted as many numbers in ranks (lowest best), scores "
-                       f"(highest best) or order (indices, best first): {there(record)}")
+                       f"(highest best) or order (their places, best first): {there(record)}")
         return answers, ranks
     chosen = take(record, notes, *CHOSEN)
     rejected = take(record, notes, *REJECTED)

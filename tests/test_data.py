@@ -69,7 +69,7 @@ def folder(tmp_path):
     """A data folder of two documents for training and one for validation, with masks, offsets and groups."""
     path = tmp_path / "data" / "talk"
     path.mkdir(parents=True)
-    meta = {"kind": "sft", "dtype": "uint16", "fingerprint": "f" * 64, "vocab_size": 300}
+    meta = {"kind": "pairs", "dtype": "uint16", "fingerprint": "f" * 64, "vocab_size": 300}
     for split, ids, idx in (("train", [1, 2, 3, 65535, 5], [0, 3, 5]), ("val", [9, 8], [0, 2])):
         np.array(ids, "<u2").tofile(path / f"{split}.bin")
         np.array([i % 2 for i in range(len(ids))], np.uint8).tofile(path / f"{split}.mask")
@@ -81,7 +81,7 @@ def folder(tmp_path):
 
 
 def test_open_data(folder):
-    train, val, meta = open_data(str(folder), "sft", "f" * 64)
+    train, val, meta = open_data(str(folder), "pairs", "f" * 64)
     assert train.tokens.tolist() == [1, 2, 3, 65535, 5] and val.tokens.tolist() == [9, 8]
     assert isinstance(train.tokens, np.memmap)  # never read whole
     assert len(train) == 2 and len(val) == 1
@@ -91,12 +91,25 @@ def test_open_data(folder):
     open_data(str(folder))  # kind and fingerprint are checked where they are given
 
 
-def test_open_data_without_masks_and_offsets(folder):
-    for split in ("train", "val"):
-        for ending in ("mask", "idx", "group"):
-            os.remove(folder / f"{split}.{ending}")
-    train, val, _ = open_data(str(folder), "sft")
-    assert train.mask is None and train.idx is None and train.group is None and len(train.tokens) == 5
+@pytest.mark.parametrize("kind,files", [("text", []), ("prompts", ["idx"]), ("sft", ["mask", "idx"]),
+                                        ("pairs", ["mask", "idx", "group"])])
+def test_each_kind_has_its_files_and_needs_them(folder, kind, files):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "kind": kind}))
+    train, _, _ = open_data(str(folder), kind)
+    assert len(train.tokens) == 5
+    for name in ("mask", "idx", "group"):
+        assert (getattr(train, name) is not None) == (name in files)
+    for name in files:
+        os.rename(folder / f"val.{name}", folder / "away")
+        assert f"{folder}/val.{name} is missing" in leaves(str(folder))
+        os.rename(folder / "away", folder / f"val.{name}")
+
+
+@pytest.mark.parametrize("meta", ["{}", "[]", "5", "", '{"kind": "text"', '{"train": {}, "val": {}}'])
+def test_a_damaged_meta_json_is_named(folder, meta):
+    (folder / "meta.json").write_text(meta)
+    assert f"{folder}/meta.json is damaged" in leaves(str(folder))
 
 
 def test_open_data_wide_and_empty(folder):
@@ -144,8 +157,8 @@ def test_open_data_missing_things(folder, tmp_path):
 
 def test_open_data_of_another_kind_or_tokenizer(folder):
     message = leaves(str(folder), "text")
-    assert "kind sft" in message and "reads text" in message
-    message = leaves(str(folder), "sft", "e" * 64)
+    assert "kind pairs" in message and "reads text" in message
+    message = leaves(str(folder), "pairs", "e" * 64)
     assert "f" * 12 in message and "e" * 12 in message and "tokenizer" in message
 
 

@@ -377,7 +377,7 @@ def test_micro_steps_do_not_matter(play, monkeypatch):
     results = []
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         actor, reference, critic = models()
-        cfg = tiny(batch_size=8, grad_accum=4, lr=1e-4, critic_lr=1e-4, max_steps=1)
+        cfg = tiny(batch_size=8, grad_accum=4, lr=1e-4, min_lr=1e-4, critic_lr=1e-4, max_steps=1)
         monkeypatch.setattr(ppo, "micro_steps", lambda grad_accum, env, order=order: order)
         play(actor, reference, critic, cfg, [[5 + i // 8] for i in range(32)])
         results.append(torch.cat([p.flatten() for p in actor.parameters()]))

@@ -271,7 +271,9 @@ def test_ten_and_ten_steps_are_twenty_to_the_last_bit(settings, tmp_path, monkey
     parts = settings(**changes, out_dir=str(tmp_path / "parts"))
     stop_during(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     capsys.readouterr()
-    main(parts)
+    with pytest.raises(SystemExit) as left:  # `pretrain.py … && sft.py …` must not go on
+        main(parts)
+    assert left.value.code == 3
     assert "ckpt.pt: step 10, stopped by SIGTERM; the same command goes on from here." in capsys.readouterr().out
     assert load_checkpoint(parts.out_dir)["step"] == 10 and len(log_of(parts.out_dir)) == 10
     torch.manual_seed(999)  # what ran in between does not matter
@@ -300,7 +302,8 @@ def test_all_processes_stop_where_one_was_asked_to(settings, monkeypatch, capsys
 
     monkeypatch.setattr(pretrain, "all_sum", all_sum)
     cfg = settings(max_steps=6)
-    main(cfg)
+    with pytest.raises(SystemExit):
+        main(cfg)
     assert "step 3, stopped by another process; the same command goes on from here." in capsys.readouterr().out
     assert load_checkpoint(cfg.out_dir)["step"] == 3
     main(cfg)

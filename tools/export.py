@@ -509,7 +509,7 @@ def main(cfg):
     note_limits(tok)
     if stage == "reward":
         check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
-        write_hf_reward(load_reward_model(cfg.run, "cpu"), tok, cfg.out)
+        write_hf_reward(load_reward_model(cfg.run, "cpu", tok.fingerprint), tok, cfg.out)
     elif cfg.to == "peft":
         write_peft(cfg.run, cfg.out)
     else:
