@@ -17,7 +17,10 @@ import torch.distributed as dist
 from oracles import V, config_of, random_model
 
 import common
+import dpo
+import ppo
 import pretrain
+import reward
 import sft
 from common import (Env, Muon, all_sum, compile_blocks, load_checkpoint, load_model, lock, log, lr_at, make_optimizers,
                     micro_steps, newest_run, no_grad_eval, optimizer_step, orthogonalise, parallel, peak_flops, resume,
@@ -61,7 +64,23 @@ def test_wsd_by_hand():
     assert lr_at(0, cfg) == 1.0
 
 
+def test_a_rate_that_would_rise_is_refused():
+    cfg = SimpleNamespace(lr=1e-5, min_lr=1e-4, warmup_steps=0, max_steps=10, decay_steps=0)
+    with pytest.raises(SystemExit, match="min_lr=0.0001 exceeds lr=1e-05"):
+        lr_at(0, cfg)
+
+
 # ---------------------------------------------------------------------------- processes
+
+
+def test_nohup_holds():
+    """What was ignored when the run began, as nohup ignores SIGHUP, stays ignored; the rest is caught."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    common.catch_signals(env)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert env.signals == ["SIGTERM"]
 
 
 def test_micro_steps_are_shared_evenly():
@@ -449,6 +468,74 @@ def test_other_batches_are_refused_by_name(tmp_path, tokenizer, change):
     (key, value), = change.items()
     assert f"is of another run: {key}={getattr(cfg, key)} there, {value} here" in message
     assert "--out_dir" in message and "--resume=False" in message
+    assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_follows_changed_rates(tmp_path, tokenizer):
+    """The state of the optimizers is the checkpoint's; lr, decay and momentum are what the settings say now."""
+    model, cfg, optimizers = a_run(tmp_path, tokenizer, optimizer="muon")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    save("ckpt.pt", cfg, ALONE, 7, model, optimizers, tokenizer, best_val=math.inf)
+    lower = dataclasses.replace(cfg, lr=3e-4, weight_decay=0.5, momentum=0.5)
+    again = make_optimizers(model, lower)
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    resume(lower, env, model, again, tokenizer)
+    env.lock.close()
+    adam, muon = again
+    assert {group["peak_lr"] for group in adam.param_groups + muon.param_groups} == {3e-4}
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.5}
+    assert {group["momentum"] for group in muon.param_groups} == {0.5}
+    for before, after in zip(optimizers, again):
+        for a, b in zip(before.state_dict()["state"].values(), after.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
+
+
+def test_a_run_in_bf16_goes_on_in_fp16(tmp_path, tokenizer):
+    """As on an older GPU: the checkpoint has no scale of losses yet."""
+    model, cfg, optimizers = a_run(tmp_path, tokenizer)
+    env = Env(0, 1, torch.device("cpu"), torch.float16)
+    assert env.scaler.is_enabled() and load_checkpoint(str(tmp_path))["scaler"] == {}
+    assert resume(cfg, env, model, optimizers, tokenizer)[0] == 7
+    env.lock.close()
+
+
+@pytest.mark.parametrize("lacking", [{"config": {}}, {"optimizers": []}])
+def test_imported_and_merged_weights_are_no_run_to_go_on_with(tmp_path, tokenizer, lacking):
+    model, cfg, optimizers = a_run(tmp_path, tokenizer)
+    save_checkpoint(str(tmp_path / "ckpt.pt"), {**load_checkpoint(str(tmp_path)), **lacking})
+    message = refused_resume(cfg, model, optimizers, tokenizer)
+    assert "holds weights alone (imported or merged)" in message and "--out_dir" in message
+
+
+@pytest.mark.parametrize("stage,change", [
+    (sft, dict(init_from="out/other")), (dpo, dict(loss="ipo")), (ppo, dict(advantage="rloo", group_size=2)),
+    (reward, dict(centre=0.0))])
+def test_another_start_or_method_is_refused_by_name(tmp_path, tokenizer, stage, change):
+    model = random_model("llama")
+    cfg = stage.Config(out_dir=str(tmp_path), init_from="out/base", batch_size=4, grad_accum=2)
+    optimizers = make_optimizers(model, cfg)
+    save("ckpt.pt", cfg, ALONE, 7, model, optimizers, tokenizer, best_val=math.inf)
+    message = refused_resume(dataclasses.replace(cfg, **change), model, optimizers, tokenizer)
+    assert "is of another run: " in message and next(iter(change)) in message
+
+
+def test_another_spelling_of_a_folder_is_the_same(tmp_path, tokenizer):
+    model, cfg, optimizers = a_run(tmp_path, tokenizer, data_dir="data/poems")
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    assert resume(dataclasses.replace(cfg, data_dir="./data/poems/"), env, model, optimizers, tokenizer)[0] == 7
+    env.lock.close()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, tokenizer):
+    model, cfg, optimizers = a_run(tmp_path, tokenizer)
+    before = contents(tmp_path)
+    with torch.no_grad():
+        model.norm.weight[3] = math.inf
+    with pytest.raises(SystemExit, match="after step 8 not all weights are finite.*Lower --lr"):
+        save("ckpt.pt", cfg, ALONE, 8, model, optimizers, tokenizer, best_val=math.inf)
     assert contents(tmp_path) == before
 
 

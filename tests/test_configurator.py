@@ -155,6 +155,22 @@ lr = sqrt(_double(2)) * 1e-3
     assert cfg == Config(batch_size=32, max_steps=31250, lr=2e-3)
 
 
+@pytest.mark.parametrize("code,words", [("lr = 1 / 0", "ZeroDivisionError"), ("lr = = 1", "SyntaxError"),
+                                        ("import nowhere_to_be_found", "ModuleNotFoundError")])
+def test_a_config_file_that_fails_is_named(config_file, code, words):
+    path = config_file(code)
+    message = refused(path)
+    assert message.startswith(f"config file {path}: {words}")
+
+
+def test_a_function_is_no_value(config_file):
+    assert refused(config_file("lr = max")).startswith("lr wants a number")
+
+
+def test_a_number_beyond_all_floats():
+    assert refused("--lr=1" + 400 * "0").startswith("lr wants a number")
+
+
 def test_the_command_line_wins_wherever_it_stands(config_file):
     path = config_file("lr = 0.5\nmax_steps = 5\nname = 'file'")
     for argv in ([path, "--lr=0.1"], ["--lr=0.1", path]):
@@ -333,6 +349,14 @@ def raises(error):
     (ValueError("head_dim=7 must be even"), "error: head_dim=7 must be even")])
 def test_what_a_user_can_cause_ends_in_one_line(error, words, monkeypatch, capsys):
     assert ends(raises(error), monkeypatch, capsys) == (1, words)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")])
+def test_too_little_memory_ends_in_one_line(error, monkeypatch, capsys):
+    code, words = ends(raises(error), monkeypatch, capsys)
+    assert code == 1 and words.startswith("error: not enough memory: ") and "--batch_size" in words
+    assert "\n" not in words
 
 
 def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):

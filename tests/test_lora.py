@@ -276,3 +276,8 @@ def test_the_command_itself(place):  # noqa: F811
     done = call(f"{root}/command", f"--out={root}/command-merged")
     assert done.returncode == 0, done.stderr
     assert load_model(f"{root}/command-merged")[2]["lora"] is None
+
+
+def test_targets_that_are_no_pattern_are_refused():
+    with pytest.raises(SystemExit, match=r"lora_targets='\(' is no regular expression"):
+        lora.add_lora(tiny(), 2, 4.0, "(")

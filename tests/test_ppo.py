@@ -720,3 +720,21 @@ def test_rows_longer_than_the_model_sees_are_no_traceback(root, mixed, tmp_path)
         ppo.main(cfg)
     except (SystemExit, ValueError) as error:  # what configurator.run shows as one line
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "'a'"])
+def test_a_reward_that_is_no_number_is_named(root, tmp_path, value):
+    rule = tmp_path / "rule.py"
+    rule.write_text(f"def bad(prompt, answer):\n    return {value}\n")
+    cfg = ppo.Config(**settings(root, out_dir=str(tmp_path / "run"), reward=f"{rule}:bad", watch=""))
+    with pytest.raises(SystemExit, match="the function must return a finite number"):
+        ppo.main(cfg)
+
+
+def test_a_reward_model_with_a_smaller_window_is_refused(root, tmp_path):
+    checkpoint = load_checkpoint(f"{root}/reward")
+    narrow = ModelConfig(**{**checkpoint["model_config"], "max_seq_len": 12})
+    save_checkpoint(str(tmp_path / "narrow" / "ckpt.pt"), {**checkpoint, "model_config": dataclasses.asdict(narrow)})
+    cfg = ppo.Config(**settings(root, out_dir=str(tmp_path / "run"), reward_from=str(tmp_path / "narrow")))
+    with pytest.raises(SystemExit, match="exceeds the 12 tokens the models can see"):
+        ppo.main(cfg)

@@ -168,6 +168,9 @@ def test_prompts_from_files(base, tmp_path, capsys):
         jsonl.write_text(broken)
         with pytest.raises(SystemExit, match="is empty" if not broken else "cannot read prompts"):
             complete(model, tok, Config(prompts=str(jsonl)), CPU)
+    jsonl.write_text('{"prompt": 5}\n')
+    with pytest.raises(SystemExit, match="every prompt must be a text"):
+        complete(model, tok, Config(prompts=str(jsonl)), CPU)
     with pytest.raises(SystemExit, match="cannot read prompts from no/where"):
         complete(model, tok, Config(start="FILE:no/where"), CPU)
 
@@ -249,6 +252,12 @@ def test_chat_renders_the_history(base, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "春霜\n夜\n月\n好\n坏\n"
     assert all(s in err for s in ("unknown command /dance", "history cleared", f"appended to {path}", "not saved"))
+
+
+def test_thousands_of_empty_lines(base, monkeypatch):
+    lines = iter([""] * 3000)
+    monkeypatch.setattr("builtins.input", lambda: next(lines, "/exit"))
+    assert sample.ask() == "/exit"
 
 
 def test_chat_in_a_small_window(base, capsys, monkeypatch):

@@ -404,3 +404,10 @@ def test_distilled_from_itself_there_is_nothing_to_learn(place):
     sft.main(cfg)
     with open(f"{root}/distilled/log.jsonl") as f:
         assert abs(json.loads(f.readline())["loss"]) < 1e-5
+
+
+def test_a_teacher_with_a_smaller_window_is_refused(place):
+    root, tok = place
+    write_base(f"{root}/narrow", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=64))
+    with pytest.raises(SystemExit, match="seq_len=256 exceeds the 64 tokens that the model or its teacher"):
+        sft.main(settings(root, out_dir=f"{root}/narrow-run", teacher=f"{root}/narrow"))
