@@ -554,9 +554,16 @@ def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
         "lora": lora,
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
+        "data": data_size(cfg),
         "optimizers": states,
         "scaler": env.scaler.state_dict(),
         **extra})
+
+
+def data_size(cfg):
+    """What the training split of cfg.data_dir holds, as its meta.json says; None where there is none."""
+    with contextlib.suppress(OSError), open(os.path.join(cfg.data_dir, "meta.json"), encoding="utf-8") as f:
+        return json.load(f)["train"]
 
 
 def stage_of(cfg):
@@ -700,6 +707,8 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
     if env.main:
         then = checkpoint["config"]
         now = {key: value for key, value in dataclasses.asdict(cfg).items() if then.get(key) != value}
+        if checkpoint.get("data") != data_size(cfg):
+            now["the data itself"] = data_size(cfg)  # it was prepared anew: rows come in another order from here on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {now or 'none'}")
         if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")

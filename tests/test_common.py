@@ -1025,3 +1025,16 @@ def test_without_a_compiler_it_runs_uncompiled(monkeypatch, capsys):
     compile_blocks(model, SimpleNamespace(compile=False), ALONE)
     assert capsys.readouterr().out == ""
     assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_data_that_was_prepared_anew_is_said(tmp_path, tokenizer, capsys):
+    meta = tmp_path / "data" / "meta.json"
+    meta.parent.mkdir()
+    meta.write_text('{"train": {"tokens": 100}}')
+    model, cfg, optimizers = a_run(tmp_path / "run", tokenizer, data_dir=str(meta.parent))
+    for tokens, said in ((100, "settings changed since: none"), (50, "'the data itself': {'tokens': 50}")):
+        meta.write_text(f'{{"train": {{"tokens": {tokens}}}}}')
+        env = Env(0, 1, torch.device("cpu"), torch.float32)
+        resume(cfg, env, model, optimizers, tokenizer)
+        env.lock.close()
+        assert said in capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_panels_follow_the_log():
     figure = Figure()
     draw_runs(figure, ["out/poems"], Config(y="norm,tok/s"))
     assert panels(figure) == {"norm": {"norm"}, "tok/s": {"tok/s"}}
-    with pytest.raises(SystemExit, match="no such field in the log: it has entropy, kl, lr, score, step"):
+    with pytest.raises(SystemExit, match="no such field in the log as 'los': it has entropy, kl, lr, score, step"):
         draw_runs(Figure(), ["out/poems-ppo"], Config(y="los"))
 
 
