@@ -38,8 +38,7 @@ from configurator import Count, Share, Whole, changed, check, run
 import numpy as np
 from tqdm import tqdm
 
-from recipes.documents import ANY, VAL, Account, Documents
-from recipes.documents import cut_in_two, read_documents, write_documents
+from recipes.documents import Account, Documents, cut_in_two, divide, read_documents, write_documents
 from recipes.records import find_files
 from recipes.report import peak_memory, report, show
 from tokenizer import is_learned, load_tokenizer, render_chat, train_tokenizer
@@ -81,41 +80,6 @@ FILES = {
     "prompts": ("bin", "idx"),
 }
 COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
-ODD = 0x9E3779B97F4A7C15  # hashes times an odd number are hashes again
-
-
-# ---------------------------------------------------------------------------- order and splits
-
-
-def divide(table, val_fraction):
-    """Return {"train": numbers, "val": numbers}: which document comes when. One that is repeated stands there again as
-    number + n, number + 2 n, … of n documents."""
-    # In the order of their hashes documents are shuffled, and equal ones stand side by side: the first is kept. Where
-    # they ask for different things, the split that is held out wins, and the highest repetition.
-    order = np.argsort(table["hash"])
-    hashes = table["hash"][order]
-    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
-    asked = np.maximum.reduceat(table["split"][order], first)
-    times = np.maximum.reduceat(table["times"][order], first)
-    hashes = hashes[first]
-    order = order[first]
-
-    # The end of this order is held out; of a small set at least one document.
-    free = asked == ANY
-    held_out = free & (hashes >= int((1 - val_fraction) * 2**64))
-    held_out |= asked == VAL
-    if val_fraction and free.any() and not held_out.any():
-        held_out[np.flatnonzero(free)[-1]] = True
-
-    # The copies of a training document get hashes of their own, so they lie anywhere in the order.
-    train = [order[~held_out]]
-    keys = [hashes[~held_out]]
-    for copy in range(1, times.max()):
-        again = ~held_out & (times > copy)
-        train.append(order[again] + copy * len(table))
-        keys.append(hashes[again] * np.uint64(ODD**copy % 2**64))
-    by_key = np.argsort(np.concatenate(keys))
-    return {"train": np.concatenate(train)[by_key], "val": order[held_out]}
 
 
 # ---------------------------------------------------------------------------- documents to tokens

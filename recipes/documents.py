@@ -4,6 +4,7 @@ Files to documents: every record is read, converted, cleaned and accounted for, 
     account = Account(find_files("corpus/"))
     table = write_documents(read_documents(cfg, account), folder, seed)     # one row a document: 18 bytes
     account.verify(cfg, len(table))                                         # stops where much would be lost
+    numbers = divide(table, 0.005)                                          # {"train": …, "val": …}: which, in order
     Documents(folder)[7]                                                    # the text of document 7
 
 A record is kept, or dropped by a rule (too short, a duplicate), or skipped because it cannot be used: these three add
@@ -217,6 +218,42 @@ class Documents:
         begin = self.ends[i - 1] if i else 0
         self.file.seek(begin)
         return self.file.read(self.ends[i] - begin).decode()
+
+
+# ---------------------------------------------------------------------------- order and splits
+
+ODD = 0x9E3779B97F4A7C15  # hashes times an odd number are hashes again
+
+
+def divide(table, val_fraction):
+    """Return {"train": numbers, "val": numbers}: which document comes when. One that is repeated stands there again as
+    number + n, number + 2 n, … of n documents."""
+    # In the order of their hashes documents are shuffled, and equal ones stand side by side: the first is kept. Where
+    # they ask for different things, the split that is held out wins, and the highest repetition.
+    order = np.argsort(table["hash"])
+    hashes = table["hash"][order]
+    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
+    asked = np.maximum.reduceat(table["split"][order], first)
+    times = np.maximum.reduceat(table["times"][order], first)
+    hashes = hashes[first]
+    order = order[first]
+
+    # The end of this order is held out; of a small set at least one document.
+    free = asked == ANY
+    held_out = free & (hashes >= int((1 - val_fraction) * 2**64))
+    held_out |= asked == VAL
+    if val_fraction and free.any() and not held_out.any():
+        held_out[np.flatnonzero(free)[-1]] = True
+
+    # The copies of a training document get hashes of their own, so they lie anywhere in the order.
+    train = [order[~held_out]]
+    keys = [hashes[~held_out]]
+    for copy in range(1, times.max()):
+        again = ~held_out & (times > copy)
+        train.append(order[again] + copy * len(table))
+        keys.append(hashes[again] * np.uint64(ODD**copy % 2**64))
+    by_key = np.argsort(np.concatenate(keys))
+    return {"train": np.concatenate(train)[by_key], "val": order[held_out]}
 
 
 def cut_in_two(folder, val_fraction):
