@@ -22,7 +22,8 @@ from tqdm import tqdm
 from configurator import check
 from recipes.near_duplicates import Seen
 from recipes.records import READERS, UNPACKERS, Part, Skip, read_file, stem
-from recipes.schemas import CHAT, QUESTION, TEXT, Drop, Tally, convert, split_of, unfold, words
+from recipes.schemas import CHAT, QUESTION, TEXT, TRAIN_WORDS, VAL_WORDS
+from recipes.schemas import Drop, Tally, convert, split_of, unfold, words
 
 ROW = np.dtype([("hash", "u8"), ("end", "i8"), ("split", "u1"), ("times", "u1")])  # of a document, kept in memory
 ANY = 0  # the split it asks for
@@ -66,7 +67,8 @@ class Account:
             for name, characters in tally.ignored_characters.items():
                 hint = f"--fields=text:{name} learns it, --fields=text:{used.split(', ')[0]} leaves it out"
                 if cfg.kind != "text":
-                    hint = "--fields=question:…,answer:… says which fields to learn"
+                    names = ",".join(f"{field}:{field}" for field in sorted(tally.used))
+                    hint = f"--fields=question:…,answer:… says which fields to learn, --fields={names} leaves it out"
                 is_fine = cfg.fields or name in known or characters <= tally.characters or cfg.kind == "prompts"
                 check(is_fine, f"{path}: the field {name}, which would be ignored, holds more text than all that is "
                       f"used ({used}). {hint}")
@@ -83,8 +85,8 @@ class Account:
         for counts in totals.values():
             self.counts.update(counts)
         check(totals["train"]["documents"], f"nothing to train on: of {self.counts['read']} records "
-              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
-              "that a file's name or a field split says). "
+              f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but "
+              "those that a file's name or a field split says). "
               f"Dropped: {listed(self.reasons('dropped')) or 'none'}")
 
     def summary(self):
@@ -137,11 +139,13 @@ def read_documents(cfg, account):
 
 
 def split_of_path(path, root):
-    """The split that a file's name says, "my.train.jsonl", or else the name of the nearest folder below `root`."""
+    """The split that a folder below `root` is named after, test/; or else a file's name says, my.train.jsonl."""
     inside = os.path.basename(path) if path == root else os.path.relpath(path, root)
-    for name in reversed(inside.lower().split(os.sep)):
-        for ending in (*UNPACKERS, *READERS):
-            name = name.removesuffix(ending)
+    *folders, file = inside.lower().split(os.sep)
+    for ending in (*UNPACKERS, *READERS):
+        file = file.removesuffix(ending)
+    named = [folder for folder in folders if folder in TRAIN_WORDS + VAL_WORDS]
+    for name in [*reversed(named), file, *reversed(folders)]:
         split = split_of(name)
         if split:
             return split

@@ -22,7 +22,7 @@ import sys
 
 from configurator import check, fail
 
-END_OF_TEXT = "<|endoftext|>"  # a line of a .txt between documents (TinyStories)
+END_OF_TEXT = "<|endoftext|>"  # at the end of a line of a .txt: a document ends there (TinyStories)
 MAX_CHARACTERS = 1_000_000  # longer documents of a .txt come in parts, so that a file of any size can be streamed
 
 
@@ -233,7 +233,7 @@ def repair(line, encoding):
 
 def read_txt(raw, txt_document):
     f = open_text(raw)
-    if END_OF_TEXT.encode() in f.buffer.peek():
+    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", f.buffer.peek()):
         txt_document = "marked"  # its documents say themselves where they end
     held = []
     size = 0
@@ -242,9 +242,9 @@ def read_txt(raw, txt_document):
     while line := f.readline(MAX_CHARACTERS):  # a line of gigabytes comes in parts
         is_whole = line.endswith(("\n", "\r"))
         at_end = txt_document == "line" and is_whole or txt_document == "blank" and not line.strip()
-        if line.strip() == END_OF_TEXT:
+        if line.rstrip().endswith(END_OF_TEXT):
             at_end = True
-            line = "\n"
+            line = line.rstrip().removesuffix(END_OF_TEXT) + "\n"
         try:
             held.append(repair(line, f.encoding))
         except Skip as e:
@@ -360,17 +360,26 @@ def read_csv(raw, _):
     csv.field_size_limit(1 << 26)
     f = open_text(raw)
 
+    taken = []  # the bytes of the lines of a row
+
     def lines():
         for line in f:
+            taken.append(len(line.encode(errors="replace")))
             try:
                 yield repair(line, f.encoding).replace("\0", "")
             except Skip:
                 yield line  # a row may have many lines, so it is judged below
 
     # what separates the names in the header separates the fields
-    separator = max(",;\t", key=f.buffer.peek().split(b"\n")[0].decode("latin-1").count)
-    rows = csv.DictReader(lines(), restkey="more", delimiter=separator, strict=True)
+    head = f.buffer.peek().decode(f.encoding, "ignore")
+    header = re.sub('"[^"]*"', "", head).splitlines() or [""]
+    separator = "\t" if "\t" in header[0] else max(",;", key=header[0].count)
+    # in most files with tabs, quotes are no more than that
+    is_quoted = separator != "\t" or re.search('(^|\t)"[^"\t]*"(\t|\r|$)', head, re.MULTILINE)
+    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    rows = csv.DictReader(lines(), restkey="more", delimiter=separator, strict=True, quoting=quoting)
     while True:
+        taken.clear()
         try:
             row = next(rows)
         except StopIteration:
@@ -379,13 +388,18 @@ def read_csv(raw, _):
             if "expected after" not in str(e):
                 # a quote that never closes has swallowed all that follows
                 raise EOFError(f"{e}: the quote that opens in line {rows.line_num} or before does not close") from e
-            yield rows.line_num, Skip("broken CSV", str(e))
+            detail = f'{e}: a quote inside of a text in quotes must be written twice, ""'
+            if len(taken) > 1:
+                detail += f"; or one that opens {len(taken) - 1} lines before does not close, and all of them are lost"
+            yield rows.line_num, Skip("broken CSV", detail, lost=sum(taken[1:]))
             continue
         more = row.get("more")
-        if isinstance(more, list):
+        if isinstance(more, list) and not any(more):
+            del row["more"]  # separators at the end of a line
+        elif isinstance(more, list):
             n = len(row) - 1
-            row = Skip("broken CSV", f"{n + len(more)} fields, but the header names {n}: quotes must stand around a text "
-                       f"with {separator!r} in it")
+            row = Skip("broken CSV", f"{n + len(more)} fields, but the header names {n}: quotes must stand around a "
+                       f"text with {separator!r} in it")
         elif has_surrogates("".join(map(str, row.values()))):
             row = Skip("wrong encoding", f"{row!a:.60}")
         yield rows.line_num, row

@@ -41,7 +41,7 @@ TEXT = {"text", "content", "completion", "title", "summary", "sections"}
 SPEAKER = ("role", "from")
 CONTENT = ("content", "value", "text")
 CALLS = ("tool_calls", "function_call")
-WEIGHT = ("weight", "loss", "train")
+WEIGHT = ("weight", "loss", "train", "loss_mask", "trainable", "train_on_turn")
 TURN = {*SPEAKER, *CONTENT, *CALLS, *WEIGHT, *REASONING}
 ROLES = {
     **dict.fromkeys(("user", "human", "用户", "问", "q"), "user"),
@@ -51,9 +51,10 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function"), "tool")}
 
 # What the names of files, folders and splits say of what is held out.
-TRAIN_WORDS = ("train", "training", "trainset", "训练", "训练集")
+TRAIN_WORDS = ("train", "training", "trainset", "训练", "训练集", "训练数据")
 VAL_WORDS = ("val", "valid", "validation", "valset", "dev", "devel", "development", "devset", "test", "testing",
-             "testset", "eval", "evaluation", "heldout", "holdout", "held", "验证", "验证集", "测试", "测试集")
+             "testset", "eval", "evaluation", "heldout", "holdout", "held", "验证", "验证集", "验证数据", "测试", "测试集",
+             "测试数据", "开发集")
 
 
 class Drop(Skip):
@@ -108,7 +109,7 @@ def convert(record, kind, fields=()):
         raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
     if not content:
         raise Skip("empty", brief(record))
-    media = filled(record, MEDIA) if isinstance(record, dict) else []
+    media = [name for name in MEDIA if isinstance(record, dict) and not is_blank(record.get(name))]
     if media and kind != "text" and not fields:
         raise Skip("not text alone", f"the record has {media[0]}, which a model of text cannot see. --fields=… learns "
                    "what it names, without that")
@@ -126,7 +127,7 @@ def note_split(record, named, fields, notes):
 
 def split_of(name):
     """The split that is meant by "validation", "train-00001", "cmrc2018_dev" and the like: "train", "val" or None."""
-    words = re.findall(r"[a-z]+|[\u4e00-\u9fff]+", str(name).lower())
+    words = re.findall(r"[a-z]{2,}|[\u4e00-\u9fff]+", str(name).lower())  # of "dev_v2" not the v
     for word in words[:1] + words[-1:]:
         if word in TRAIN_WORDS:
             return "train"
@@ -159,6 +160,15 @@ def is_empty(value):
     """Whether there is nothing in a field. 0 and False are something: answers to sums may be 0. NaN, which is not equal
     to itself, is what pandas writes for nothing."""
     return value is None or value in ("", [], {}) or value != value
+
+
+def is_blank(value):
+    """Whether there is nothing in a field, however deep it is: [None], {"bytes": None, "path": None}, False."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return all(is_blank(part) for part in value)
+    return is_empty(value) or value is False
 
 
 def filled(record, names):
@@ -201,6 +211,13 @@ def as_text(value, name, glue=""):
     raise Skip("wrong type", f"{name} holds {what}, wanted text: {brief(value)}")
 
 
+def is_parts(value):
+    """Whether a list holds the parts of one text, and not turns or several texts."""
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(part, dict) and "type" in part and not filled(part, SPEAKER) for part in value)
+
+
 def as_list(value, name):
     """The list in a field; in CSV files lists are JSON text."""
     if isinstance(value, str):
@@ -217,7 +234,8 @@ def note_rest(item, known, notes, prefix=""):
     """Note the fields of a record that are ignored, or of a part of it."""
     for key, value in item.items():
         if key not in known and not is_empty(value):
-            notes.ignored[clean(prefix + key)] = prose(value)
+            name = clean(prefix + key)
+            notes.ignored[name] = notes.ignored.get(name, 0) + prose(value)  # a conversation has many turns
 
 
 def prose(value):
@@ -229,6 +247,9 @@ def prose(value):
     # addresses, numbers and the like are no text: it has spaces, or characters beyond ASCII
     is_text = isinstance(value, str) and (" " in value or not value.isascii())
     return len(value) if is_text else 0
+
+
+NUMBER = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*")
 
 
 def is_number(value):
@@ -291,8 +312,8 @@ def to_text(record, notes):
     if not any(parts):
         if {"text", "content"} & set(record):
             raise Skip("empty", f"{brief(record)}")
-        texts = {name: value for name, value in record.items() if isinstance(value, str)}
-        longest = max(texts, key=lambda name: len(texts[name]), default="…")
+        texts = {name: value for name, value in record.items() if isinstance(value, (str, list))}
+        longest = max(texts, key=lambda name: (prose(texts[name]), len(texts[name])), default="…")
         raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns "
                    f"{longest}")
     for part in parts:
@@ -303,8 +324,11 @@ def to_text(record, notes):
 
 # ---------------------------------------------------------------------------- messages
 
-TRANSCRIPT = re.compile(r"(?:^|\n|###)[ \t]*<?(System|Human|User|Instruction|Assistant|Bot|GPT|AI|Response|用户|助手|问|答"
-                        r"|Q|A)>?[ \t]*[:：]", re.IGNORECASE)
+# Those who speak in a transcript are of one of these groups: "A:" between "Human:" and "Assistant:" is a part of what
+# they say, and "B:" after "Q:" and "A:" a choice.
+SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手", "Q|A|B", "问|答", "Instruction|Response")
+TRANSCRIPTS = [re.compile(rf"(?:^|\n|###)[ \t]*<?({names})>?[ \t]*[:：]", re.IGNORECASE) for names in SPEAKERS]
+SYSTEM_FIRST = re.compile(r"\s*(?:###)?[ \t]*<?System>?[ \t]*[:：]", re.IGNORECASE)
 
 
 def message(role, text, weight=1):
@@ -315,18 +339,32 @@ def message(role, text, weight=1):
     return made
 
 
-def said(text, role):
-    """Messages of a text: one, or those of a transcript, "Human: … Assistant: …"."""
-    # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
-    before, *parts = TRANSCRIPT.split(text)
-    speakers = [speaker_of(name.lower()) for name in parts[::2]]
-    first_asked = [speaker for speaker in speakers if speaker != "system"][:1]
-    if before.strip() or first_asked != ["user"] or "assistant" not in speakers:
-        return [message(role, text)]
-    messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
-    if not messages[-1]["content"]:
-        messages.pop()  # "Assistant:" at the end asks for the answer
-    return messages
+def said(text, role, is_whole=False, has_answer=False):
+    """Messages of a text: one, or those of a transcript, "Human: … Assistant: …".
+
+    is_whole: the text is all there is, so it may end with an answer. has_answer: an answer stands beside it, so it may
+    not: then it is a question that quotes a dialogue.
+    """
+    for number, transcript in enumerate(TRANSCRIPTS):
+        # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
+        before, *parts = transcript.split(text)
+        system = SYSTEM_FIRST.match(before)
+        speakers = [speaker_of(name.lower()) for name in parts[::2]]
+        if before.strip() and not system or speakers[:1] != ["user"] or "assistant" not in speakers:
+            continue
+        messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
+        if not messages[-1]["content"]:
+            messages.pop()  # "Assistant:" at the end asks for the answer
+        ends_with_answer = messages[-1]["role"] == "assistant"
+        if ends_with_answer and (has_answer or number and not is_whole):
+            continue
+        # "Q:" and the like stand in many texts: only if they strictly take turns is it a transcript
+        if number and (set(speakers[::2]) != {"user"} or set(speakers[1::2]) != {"assistant"}):
+            continue
+        if system:
+            messages.insert(0, message("system", before[system.end():]))
+        return messages
+    return [message(role, text)]
 
 
 def read_turns(value, name, notes, role=None):
@@ -336,7 +374,7 @@ def read_turns(value, name, notes, role=None):
     a list are said in turns, the user begins. role: who says what does not tell.
     """
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-        return said(value, role or "user")
+        return said(value, role or "user", is_whole=role is None)
     messages = []
     for turn in as_list(value, name):
         if isinstance(turn, dict):
@@ -366,8 +404,7 @@ def read_turn(turn, name, notes, role=None):
     if speaker == "function_call":
         content = call_tools(content)
     elif role == "tool" and isinstance(content, (dict, list)):
-        is_parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
-        content = content if is_parts else as_json(content)
+        content = content if is_parts(content) else as_json(content)
     # what a model thinks, says and calls are one text to learn, in this order
     parts = [think(first(turn, REASONING)), as_text(content, name)]
     parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
@@ -480,9 +517,9 @@ def read_question(record, notes):
         elif value is not None and as_text(value, name) not in texts:
             texts.append(as_text(value, name))
     if texts:
-        messages += said("\n".join(texts), "user")
-    elif not messages and TRANSCRIPT.search(str(record.get("text"))):
-        messages = said(as_text(take(record, notes, "text"), "text"), "user")
+        messages += said("\n".join(texts), "user", has_answer=bool(filled(record, ANSWER)))
+    elif not messages and any(transcript.search(str(record.get("text"))) for transcript in TRANSCRIPTS):
+        messages = said(as_text(take(record, notes, "text"), "text"), "user", is_whole=True)
     return messages
 
 
@@ -498,6 +535,8 @@ def read_answer(record, notes):
             raise Skip("two answers", f"{' and '.join(names)} differ: --fields=question:…,answer:{name} learns {name}")
     if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
+    if is_parts(value):
+        value = as_text(value, names[0])
     if isinstance(value, list) and all(is_answer(answer) for answer in value):
         if len(value) > 1:
             raise Skip("several answers", f"{names[0]} holds {len(value)}, best first? Then --kind=pairs ranks them")
@@ -599,6 +638,10 @@ def read_ranks(record, notes):
     chosen = take(record, notes, *CHOSEN)
     rejected = take(record, notes, *REJECTED)
     if chosen is not None and rejected is not None:
+        lists = [name for name in ("responses", *ANSWER) if isinstance(record.get(name), list)]
+        if is_number(chosen) and is_number(rejected) and lists:
+            raise Skip("no ranking", f"are chosen {chosen} and rejected {rejected} places in {lists[0]}? Write the "
+                       "texts themselves there")
         several = isinstance(rejected, list) and all(isinstance(answer, str) for answer in rejected)
         rejected = rejected if several else [rejected]
         if isinstance(chosen, list) and len(chosen) == 1:
@@ -613,17 +656,23 @@ def read_ranks(record, notes):
                f"answers{hint}. --fields=chosen:…,rejected:… says which is which")
 
 
+def is_rank(value):
+    """Whether a value may rank an answer: a number, also as a text, or whether it is the best."""
+    if isinstance(value, str):
+        return bool(NUMBER.fullmatch(value))
+    return isinstance(value, bool) or is_number(value)
+
+
 def check_best_first(answers, record):
     """Raise Skip where numbers stand beside a list of answers, or in each of them: then its order may mean nothing."""
-    lists = {}
-    for name, value in record.items():
-        if isinstance(value, list) and len(value) == len(answers):
-            lists[name] = value
     for answer in answers:
-        if isinstance(answer, dict):
-            lists |= {name: [value] for name, value in answer.items() if name in ("rank", "score", "rating")}
-    for name, values in lists.items():
-        if all(is_number(value) for value in values):
+        for name in ("rank", "score", "rating", "reward", "label"):
+            if isinstance(answer, dict) and is_rank(answer.get(name)):
+                raise Skip("no ranking", f"does the {name} in each answer rank them? Write them as responses: [texts] "
+                           "with ranks: [numbers] (lowest best) or scores: [numbers] (highest best)")
+    for name, values in record.items():
+        is_other = isinstance(values, list) and values is not answers
+        if is_other and len(values) == len(answers) and all(is_rank(value) for value in values):
             raise Skip("no ranking", f"does {name} rank the answers? --fields=prompt:…,responses:…,ranks:{name} (lowest"
                        f" best) or scores:{name} (highest best); --fields=prompt:…,answer:… takes them as best first")
 
@@ -635,6 +684,10 @@ def to_ranking(record, notes):
     prompt = to_prompt(record, notes)
     system = [m for m in prompt if m["role"] == "system"]
     answers, ranks = read_ranks(record, notes)
+    # answers that are the whole text from its beginning, after a prompt that asks for them: "…### Response:"
+    begin = record.get("prompt")
+    is_begin = isinstance(begin, str) and begin.rstrip().endswith((":", "："))
+    is_begin = is_begin and all(isinstance(answer, str) and answer.startswith(begin) for answer in answers)
     whole = []  # every answer at the end of its conversation, the best first
     by_rank = sorted(range(len(answers)), key=lambda i: ranks[i])
     for i in by_rank:
@@ -642,9 +695,7 @@ def to_ranking(record, notes):
             turns = read_turns(answers[i], "answers", notes, "assistant")
         else:
             text = as_text(answers[i], "answers")
-            if isinstance(record.get("prompt"), str):
-                text = text.removeprefix(record["prompt"])  # the whole conversation, from its beginning
-            turns = said(text, "assistant")
+            turns = said(text.removeprefix(begin) if is_begin else text, "assistant", is_whole=not prompt)
         if turns and turns[0]["role"] == "assistant":
             turns = prompt + turns
         elif turns and turns[0]["role"] != "system":
@@ -694,7 +745,10 @@ def unfold(record, kind):
     """The records that are kept in one: a list of documents (WuDao) or of records, also under data; or {instruction,
     instances: [{input, output}]}."""
     if isinstance(record, dict) and are_records(record.get("data")) and not set(record) & (CHAT | TEXT) - {"data"}:
-        record = record["data"]
+        shared = {name: value for name, value in record.items() if name != "data"}
+        # what stands beside them is theirs, but a text is counted once, with the first
+        marks = {name: value for name, value in shared.items() if name == "split" or not prose(value)}
+        record = [{**(marks if i else shared), **one} for i, one in enumerate(record["data"])]
     if isinstance(record, list) and (kind == "text" or are_records(record)):
         yield from record
     elif isinstance(record, dict) and isinstance(record.get("instances"), list):

@@ -799,8 +799,9 @@ def test_split_names():
 
 
 def test_splits_are_told_by_whole_words_of_files_and_folders(tok_file):
-    assert {split_of(name) for name in ("my_train", "训练集", "train-00000-of-00002")} == {"train"}
-    assert {split_of(name) for name in (" test", "cmrc2018_dev", "held-out", "holdout", "测试集")} == {"val"}
+    assert {split_of(name) for name in ("my_train", "训练集", "训练数据", "train-00000-of-00002")} == {"train"}
+    held_out = (" test", "cmrc2018_dev", "sft_dev_v2", "chat.test.v1", "held-out", "holdout", "测试集", "开发集")
+    assert {split_of(name) for name in held_out} == {"val"}
     assert {split_of(name) for name in ("values", "testimony", "developer_notes", "traineeship")} == {None}
     os.makedirs("in/train")
     os.makedirs("in/test")
@@ -830,7 +831,6 @@ def test_ranked_answers_in_other_shapes(record, answers):
     ({"prompt": "问", "responses": ["坏", "好"], "ranks": [True, False]}, "pairs", "no ranking"),
     # a question that ends with an answer, and another one
     ({"prompt": messages("u:问", "a:一"), "completion": "二"}, "sft", "two answers"),
-    ({"instruction": "Human: 问\nAssistant: 一", "output": "二"}, "sft", "two answers"),
     # answers that are objects
     ({"question": "问", "answer": [{"text": "好", "score": 1}, {"text": "坏", "score": 0}]}, "sft", "several answers"),
     ({"question": "问", "answer": {"text": ["一", "二"], "answer_start": [0, 4]}}, "sft", "several answers"),
@@ -856,6 +856,9 @@ def test_what_is_unclear_is_not_learned(record, kind, reason):
     ({"messages": [*messages("u:问", "a:查"), {"role": "tool", "content": [{"city": "北京"}]}, *messages("a:答")]},
      ["u:问", "a:查", 't:[{"city": "北京"}]', "a:答"]),
     ({"messages": messages("u:问", "a:答"), "answer": "另一个"}, ["u:问", "a:答"]),
+    # a question that quotes a dialogue
+    ({"instruction": "Human: 问\nAssistant: 一", "output": "二"}, ["u:Human: 问\nAssistant: 一", "a:二"]),
+    ({"instruction": "user: root\nbot: on", "output": "好"}, ["u:user: root\nbot: on", "a:好"]),
 ])
 def test_conversations_in_other_shapes(record, turns):
     assert convert(record, "sft")[0] == messages(*turns)
@@ -910,6 +913,27 @@ def test_other_separators(tok_file, ending, separator):
     assert run(tok_file).all_texts() == sorted(POEMS)
 
 
+def test_tabs_without_quoting(tok_file):
+    """In most files with tabs a quote is a character like others."""
+    os.mkdir("in")
+    with open("in/a.tsv", "w") as f:
+        f.write('text\tid\n"Hello" he said\t1\n"床前明月光\t2\n疑是地上霜\t3\n')
+    assert run(tok_file, val_fraction=0.0).all_texts() == sorted(['"Hello" he said', '"床前明月光', "疑是地上霜"])
+
+
+def test_a_folder_named_after_a_split_counts_more_than_a_file(tok_file):
+    for name, text in (("train/test_cases", "床前明月光"), ("test/train_tickets", "疑是地上霜")):
+        os.makedirs(f"in/{name.split('/')[0]}")
+        write(f"in/{name}.jsonl", [{"text": f"{text}{i}"} for i in range(9)])
+    folder = run(tok_file, val_fraction=0.0)
+    assert folder.texts("val") == [f"疑是地上霜{i}" for i in range(9)]
+
+
+def test_answers_that_are_numbers_do_not_rank_themselves():
+    record = {"question": "一加一？", "answer": ["2", "3"]}
+    assert convert(record, "pairs")[0] == {"prompt": messages("u:一加一？"), "answers": ["2", "3"]}
+
+
 def test_a_txt_that_marks_where_its_documents_end(tok_file):
     os.mkdir("in")
     with open("in/a.txt", "w") as f:
@@ -942,3 +966,71 @@ def test_a_vocabulary_that_changes_line_breaks_says_so(tmp_path, capsys):
                                              byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
     run("m.model")
     assert "m.model changes line breaks or spaces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record,kind,turns", [
+    ({"instruction": "Q: 哪个是水果？\nA: 苹果\nB: 石头", "output": "A"}, "sft", ["u:Q: 哪个是水果？\nA: 苹果\nB: 石头", "a:A"]),
+    ({"question": "问：哪个是水果？\nA：苹果\nB：石头\n答：", "answer": "A"}, "sft", ["u:哪个是水果？\nA：苹果\nB：石头", "a:A"]),
+    ({"prompt": "Q: 哪个？\nA: 甲\nB: 乙"}, "prompts", ["u:Q: 哪个？\nA: 甲\nB: 乙"]),
+    ({"input": "问：一加一？\n答：三\n对吗？", "output": "错"}, "sft", ["u:问：一加一？\n答：三\n对吗？", "a:错"]),
+    ({"instruction": "Human:看\nResponse: 200\nA: 甲\nAssistant:", "output": "好"}, "sft", ["u:看\nResponse: 200\nA: 甲", "a:好"]),
+    ({"text": "### Human: 你好### Assistant: 好\nQ: 甲\nA: 乙"}, "sft", ["u:你好", "a:好\nQ: 甲\nA: 乙"]),
+    ({"prompt": "问", "response": [{"type": "text", "text": "一"}, {"type": "text", "text": "二"}]}, "sft", ["u:问", "a:一二"]),
+    ({"images": [None], "image": {"bytes": None}, "messages": messages("u:问", "a:答")}, "sft", ["u:问", "a:答"]),
+])
+def test_what_only_looks_like_turns_stays_as_it_is(record, kind, turns):
+    assert convert(record, kind)[0] == messages(*turns)
+
+
+@pytest.mark.parametrize("prompt,chosen,rejected", [
+    ("你好", "你好！有什么事？", "走开"),
+    ("写常见问题", "问：能退货吗？\n答：能。", "问：能退货吗？\n答：不能。"),
+    ("写常见问题", "Q: 能退货吗？\nA: 能。", "不会"),
+])
+def test_answers_are_not_cut(prompt, chosen, rejected):
+    got = convert({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "pairs")[0]
+    assert got == {"prompt": messages(f"u:{prompt}"), "answers": [chosen, rejected]}
+    chosen, rejected = [f"\n\nHuman: {prompt}\n\nAssistant: {answer}" for answer in (chosen, rejected)]
+    assert convert({"chosen": chosen, "rejected": rejected}, "pairs")[0] == got
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "问", "output": ["坏", "好"], "is_best": [False, True]},
+    {"prompt": "问", "output": ["坏", "好"], "score": ["1", "5"]},
+    {"prompt": "问", "output": [{"text": "坏", "reward": 0.1}, {"text": "好", "reward": 0.9}]},
+    {"prompt": "问", "output": ["坏", "好"], "chosen": 1, "rejected": 0},
+])
+def test_ranks_of_other_types_are_not_ignored(record):
+    with pytest.raises(Skip, match="no ranking"):
+        convert(record, "pairs")
+
+
+def test_what_stands_beside_a_list_of_records(tok_file):
+    os.mkdir("in")
+    for split in ("train", "test"):
+        data = [{"question": f"{split}{i}", "answer": "答"} for i in range(9)]
+        write(f"in/{split}s.jsonl", [{"split": split, "passage": "短文", "data": data}])
+    folder = run(tok_file, kind="sft")
+    assert len(folder.texts("val")) == 9 and folder.meta["fields"]["in/trains.jsonl"]["ignored"] == {"passage": 1}
+
+
+@pytest.mark.parametrize("data,want", [
+    ('id;"text, a"\n1;x\n', [("text, a", "x")]), ("question, part\tb\nx, y\tz\n", [("question, part", "x, y")]),
+    ("text,id\nx,1,\n", [("text", "x")]), ("id;text\r1;a,b,c\r", [("text", "a,b,c")]),
+])
+def test_headers_of_csv(data, want):
+    import io
+    from recipes.records import read_csv
+    rows = [row for _, row in read_csv(io.BytesIO(data.encode()), None)]
+    assert [(name, row[name]) for (name, _), row in zip(want, rows)] == want and len(rows) == len(want)
+
+
+def test_a_quote_that_swallows_half_of_a_csv_stops_the_run(tok_file):
+    rows = [f"春眠不觉晓第{i}号,{i}" for i in range(400)]
+    rows[100] = '"处处闻啼鸟,1'
+    rows[300] = '"花,落",7'
+    os.mkdir("in")
+    with open("in/a.csv", "w") as f:
+        f.write("\n".join(["text,id", *rows]))
+    with pytest.raises(SystemExit, match="bytes could not be read"):
+        run(tok_file)
