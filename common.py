@@ -543,7 +543,8 @@ def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
     weights, states = gather_shards([weights, states], env)
     if not env.main:
         return
-    finite = all(weight.isfinite().all() for weight in weights.values())
+    critic = extra.get("critic", {})
+    finite = all(weight.isfinite().all() for weight in [*weights.values(), *critic.values()])
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
     save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
     save_checkpoint(os.path.join(cfg.out_dir, name), {
@@ -707,7 +708,7 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
     if env.main:
         then = checkpoint["config"]
         now = {key: value for key, value in dataclasses.asdict(cfg).items() if then.get(key) != value}
-        if checkpoint.get("data") != data_size(cfg):
+        if checkpoint.get("data", data_size(cfg)) != data_size(cfg):
             now["the data itself"] = data_size(cfg)  # it was prepared anew: rows come in another order from here on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {now or 'none'}")
         if step >= cfg.max_steps:
@@ -719,8 +720,8 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
 def check_same_run(path, checkpoint, cfg, model, tokenizer):
     """Exit where the checkpoint is not an earlier state of this very run."""
     then = checkpoint["config"]
-    check(then and checkpoint["optimizers"], f"{path} holds weights alone (imported or merged): no run that could go on. "
-          "Choose another --out_dir")
+    check(then and checkpoint["optimizers"], f"{path} holds weights alone (imported or merged): no run that could go "
+          "on. Choose another --out_dir")
     theirs = {
         **checkpoint["model_config"],
         "lora": checkpoint.get("lora"),
@@ -730,13 +731,14 @@ def check_same_run(path, checkpoint, cfg, model, tokenizer):
         "lora": getattr(model, "lora", None),
         "tokenizer": tokenizer.fingerprint[:12]}
     # which rows a step holds follows from its number: with other batches, rows would be left out or learned twice
-    for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir", "init_from", "advantage", "loss"):
+    for key in ("batch_size", "grad_accum", "seq_len", "optimizer", "seed", "data_dir", "init_from", "advantage",
+                "loss"):
         if hasattr(cfg, key):
             theirs[key] = then.get(key)
             ours[key] = getattr(cfg, key)
-    for folders in (theirs, ours):
-        for key in ("data_dir", "init_from"):
-            folders[key] = os.path.normpath(str(folders.get(key)))
+    for key in ("data_dir", "init_from"):
+        if os.path.realpath(str(theirs.get(key))) == os.path.realpath(str(ours.get(key))):  # only spelled otherwise
+            ours[key] = theirs.get(key)
     if hasattr(cfg, "centre"):  # at 0 the head's bias does not learn
         theirs["centre > 0"] = then["centre"] > 0
         ours["centre > 0"] = cfg.centre > 0

@@ -74,7 +74,7 @@ def run(main, Config, positional=None):
     except (OSError, ValueError) as error:
         fail(error)
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason or "allocate memory" in reason:
             fail(f"not enough memory: {reason}. A smaller --batch_size (with a larger --grad_accum the step stays the "
                  "same) or model, --checkpoint_blocks=True in pretrain.py")

@@ -245,9 +245,13 @@ def function_scorer(spec, tokenizer):
             begin = mask.index(1)
             prompt = tokenizer.decode(ids[:begin], skip_special=True)
             answer = tokenizer.decode(ids[begin:], skip_special=True)
-            score = function(prompt, answer)
-            check(isinstance(score, (int, float)) and math.isfinite(score), f"the reward of {answer!r} is {score}: the "
-                  "function must return a finite number")
+            reward = function(prompt, answer)
+            try:
+                score = float(reward)  # also of numpy's and torch's numbers
+            except (TypeError, ValueError, OverflowError):
+                score = math.nan
+            check(math.isfinite(score), f"the reward of {answer!r} is {reward!r}: the function must return a finite "
+                  "number")
             scores.append(score)
         return torch.tensor(scores, dtype=torch.float32)
 

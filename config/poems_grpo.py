@@ -2,7 +2,7 @@
 # and no critic: eight answers to each title are compared with each other.
 #   python prepare.py poems-prompts
 #   python ppo.py config/poems_grpo.py           (2 cores, fp32: 7 minutes)
-# Rhymes 11 -> 48 % of the poems of the right form, and nothing else is lost (README.md).
+# Rhymes 11 -> 48 % of the poems of the right form, and little else is lost (README.md).
 data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"
 out_dir = "out/poems-grpo"

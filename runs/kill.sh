@@ -33,7 +33,7 @@ os.chdir(folder)
 rng = random.Random(0)
 WORDS = "春夏秋冬山水花鸟云月风雨竹松石溪桥舟"
 MACHINE = ["--device=cpu", "--seed=1"]
-SHORT = ["--max_steps=8", "--warmup_steps=1", "--eval_every=1", *MACHINE]
+SHORT = ["--max_steps=10", "--warmup_steps=1", "--eval_every=1", *MACHINE]
 FP32 = ["--dtype=float32"]
 STAGES = {
     "pretrain": ["--data_dir=data/base", "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=96", "--batch_size=4",
@@ -112,14 +112,18 @@ while counts["kills"] < kills:
     round_number += 1
     # four kills, each some milliseconds after a step was logged: in its save, which follows, or in the next step
     for number in range(4):
+        step = 2 * number + rng.randint(1, 2)
         process, output = start(stage, f"--out_dir=out/{name}", *STAGES[stage])
         for line in output:
-            if line.startswith(f"step {2 * number + rng.randint(0, 1)}/"):
+            if line.startswith(f"step {step}/"):
                 break
         time.sleep(rng.uniform(0, rng.choice((0.005, 0.05))))
         os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        killed = os.WIFSIGNALED(os.waitpid(process, 0)[1])
         output.close()
+        if not killed:
+            counts["runs that had ended before they were killed"] += 1
+            break
         counts["kills"] += 1
         counts["kills before the first checkpoint"] += not os.path.exists(f"out/{name}/ckpt.pt")
         half_written = [file for file in os.listdir(f"out/{name}") if file.endswith(".tmp")]

@@ -529,6 +529,23 @@ def test_another_spelling_of_a_folder_is_the_same(tmp_path, tokenizer):
     env.lock.close()
 
 
+def test_where_a_folder_lies_counts_not_its_spelling(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, cfg, optimizers = a_run(tmp_path, tokenizer, data_dir="data/poems")
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    whole = dataclasses.replace(cfg, data_dir=str(tmp_path / "data" / "poems"))
+    assert resume(whole, env, model, optimizers, tokenizer)[0] == 7
+    env.lock.close()
+
+
+def test_a_critic_that_is_not_finite_is_not_saved(tmp_path, tokenizer):
+    model, cfg, optimizers = a_run(tmp_path, tokenizer)
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match="after step 8 not all weights are finite"):
+        save("ckpt.pt", cfg, ALONE, 8, model, optimizers, tokenizer, critic={"head.bias": torch.tensor([math.nan])})
+    assert contents(tmp_path) == before
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, tokenizer):
     model, cfg, optimizers = a_run(tmp_path, tokenizer)
     before = contents(tmp_path)
@@ -1038,3 +1055,19 @@ def test_data_that_was_prepared_anew_is_said(tmp_path, tokenizer, capsys):
         resume(cfg, env, model, optimizers, tokenizer)
         env.lock.close()
         assert said in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_no_change(tmp_path, tokenizer, capsys):
+    """As those of older versions: that the data are others is not known."""
+    meta = tmp_path / "data" / "meta.json"
+    meta.parent.mkdir()
+    meta.write_text('{"train": {"tokens": 100}}')
+    model, cfg, optimizers = a_run(tmp_path / "run", tokenizer, data_dir=str(meta.parent))
+    path = str(tmp_path / "run" / "ckpt.pt")
+    checkpoint = load_checkpoint(path)
+    del checkpoint["data"]
+    save_checkpoint(path, checkpoint)
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    resume(cfg, env, model, optimizers, tokenizer)
+    env.lock.close()
+    assert "settings changed since: none" in capsys.readouterr().out

@@ -731,6 +731,15 @@ def test_a_reward_that_is_no_number_is_named(root, tmp_path, value):
         ppo.main(cfg)
 
 
+@pytest.mark.parametrize("value", ["numpy.float32(1.5)", "numpy.sum([1, 2])", "torch.tensor(1.5)", "True"])
+def test_a_reward_may_be_any_number(tmp_path, value):
+    rule = tmp_path / "rule.py"
+    rule.write_text(f"import numpy\nimport torch\n\n\ndef good(prompt, answer):\n    return {value}\n")
+    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special: "春")
+    scores = ppo.function_scorer(f"{rule}:good", tokenizer)([([1, 2], [0, 1])])
+    assert scores.dtype == torch.float32 and scores.tolist() == [float(eval(value, {"numpy": np, "torch": torch}))]
+
+
 def test_a_reward_model_with_a_smaller_window_is_refused(root, tmp_path):
     checkpoint = load_checkpoint(f"{root}/reward")
     narrow = ModelConfig(**{**checkpoint["model_config"], "max_seq_len": 12})

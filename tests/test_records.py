@@ -963,7 +963,8 @@ def test_a_vocabulary_that_changes_line_breaks_says_so(tmp_path, capsys):
     os.mkdir("in")
     write("in/a.jsonl", [{"text": poem} for poem in POEMS])
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(POEMS * 9), model_prefix="m", vocab_size=320,
-                                             byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+                                             byte_fallback=True, model_type="bpe", hard_vocab_limit=False,
+                                             minloglevel=2)
     run("m.model")
     assert "m.model changes line breaks or spaces" in capsys.readouterr().out
 
