@@ -536,7 +536,7 @@ def adapters_of(model):
 
 
 def save(name, cfg, env, step, model, optimizers, tokenizer, **extra):
-    """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic, …"""
+    """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic."""
     lora = getattr(model, "lora", None)
     weights = adapters_of(model) if lora else model.state_dict()
     states = [optimizer.state_dict() for optimizer in optimizers]
@@ -708,8 +708,9 @@ def resume(cfg, env, model, optimizers, tokenizer, critic=None):
     if env.main:
         then = checkpoint["config"]
         now = {key: value for key, value in dataclasses.asdict(cfg).items() if then.get(key) != value}
-        if checkpoint.get("data", data_size(cfg)) != data_size(cfg):
-            now["the data itself"] = data_size(cfg)  # it was prepared anew: rows come in another order from here on
+        size = data_size(cfg)
+        if checkpoint.get("data", size) != size:
+            now["the data itself"] = size  # it was prepared anew: rows come in another order from here on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {now or 'none'}")
         if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")

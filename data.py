@@ -55,7 +55,7 @@ def open_data(folder, kind=None, fingerprint=None):
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
         sizes = {split: (meta[split]["tokens"], meta[split]["documents"]) for split in ("train", "val")}
-        data_type = np.dtype(meta["dtype"])
+        id_type = np.dtype(meta["dtype"])
         own_kind = meta["kind"]
         own_fingerprint = meta["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
@@ -67,7 +67,7 @@ def open_data(folder, kind=None, fingerprint=None):
 
     def memmap(name, dtype, length, lacking=()):
         if own_kind in lacking:
-            return None  # this kind of data has no such file
+            return None
         path = os.path.join(folder, name)
         check(os.path.exists(path), f"{path} is missing. Prepare the folder again")
         dtype = np.dtype(dtype).newbyteorder("<")
@@ -80,7 +80,8 @@ def open_data(folder, kind=None, fingerprint=None):
 
     splits = []
     for split, (n_tokens, n_documents) in sizes.items():
-        tokens = memmap(f"{split}.bin", data_type, n_tokens)
+        # the last argument: kinds of data that have no such file
+        tokens = memmap(f"{split}.bin", id_type, n_tokens)
         mask = memmap(f"{split}.mask", np.uint8, n_tokens, ("text", "prompts"))
         idx = memmap(f"{split}.idx", np.int64, n_documents + 1, ("text",))
         group = memmap(f"{split}.group", np.int32, n_documents, ("text", "prompts", "sft"))
@@ -97,7 +98,7 @@ def permutation(n, seed, epoch):
 
 
 def shuffled(n, first, count, seed):
-    """Return entries first … first+count-1 of an endless sequence that runs through 0 … n-1 in a new order each epoch.
+    """Return `count` entries, from `first` on, of an endless sequence: 0 to n - 1, in a new order each epoch.
 
     It depends on nothing that ran before, so a run can go on from any step, and any process can ask for any part.
     """

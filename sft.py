@@ -70,10 +70,10 @@ class Config:
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0   # 0: no clipping
-    # every eval_every steps: validation loss, a checkpoint, answers to the questions
+    # every eval_every steps: validation loss, a checkpoint, answers to the questions (split at |)
     eval_every: Count = 100
     eval_rows: Count = 500         # packed rows of the validation split, at most
-    questions: str = "你是谁？|写一首五言绝句，题目是《春夜》。|“守株待兔”是什么意思？"  # split at |
+    questions: str = "你是谁？|写一首五言绝句，题目是《春夜》。|“守株待兔”是什么意思？"
     log_every: Count = 1
     # machine
     device: str = "auto"
@@ -190,7 +190,7 @@ def main(cfg):
         start_lora(model, cfg)
     teacher = None
     if cfg.teacher:
-        # a larger model, whose probabilities say more than the one token that stands in the text
+        # another model, whose probabilities say more than the one token that stands in the text
         teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
         check(
             teacher_tokenizer.fingerprint == tokenizer.fingerprint,
@@ -206,7 +206,7 @@ def main(cfg):
           "see")
     lengths = np.diff(train.idx) - 1                                       # inputs of each conversation
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)  # and its learned targets
-    # several short conversations share a row: as good as nothing is padding
+    # several short conversations share a row, so that hardly a position is padding
     rows = pack(lengths, cfg.seq_len, cfg.seed, 0)
     check(rows, f"none of the {len(train):,} conversations of {cfg.data_dir} fits into a row of seq_len={cfg.seq_len}. "
           "Raise --seq_len, or prepare the data again with shorter ones")

@@ -20,4 +20,5 @@ decay_steps = 400          # flat, then a linear fall
 
 eval_every = 400
 log_every = 20
-questions = "你是谁？|写一首五言绝句，题目是《春夜》。|“床前明月光”的下一句是什么？|“守株待兔”是什么意思？|背诵《静夜思》"
+questions = "你是谁？|写一首五言绝句，题目是《春夜》。|“床前明月光”的下一句是什么？"
+questions += "|“守株待兔”是什么意思？|背诵《静夜思》"

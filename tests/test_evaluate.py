@@ -97,8 +97,8 @@ def test_main_says_what_is_missing(tmp_path, monkeypatch, tok, capsys):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(Config(what, runs="out/a", input=str(tmp_path), device="cpu"))
     save_checkpoint("out/b/ckpt.pt", {**load_checkpoint("out/a"), "stage": "reward"})
-    with pytest.raises(SystemExit, match="out/b is a reward model, which writes no text"):
-        evaluate.main(Config("text", runs="out/a,out/b", input=str(tmp_path), device="cpu"))
+    with pytest.raises(SystemExit, match="out/b is a reward model: it scores answers and writes none"):
+        evaluate.main(Config("text", runs="out/b", input=str(tmp_path), device="cpu"))
 
 
 # ---------------------------------------------------------------------------- by likelihood
