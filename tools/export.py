@@ -500,7 +500,7 @@ def main(cfg):
     if cfg.from_:
         model, tok, stage = read_hf(cfg.from_)
         write_run(model, tok, stage, cfg.out)
-        print(f"{cfg.out}: {model.count()[0]:,} parameters. Try python sample.py --out_dir={cfg.out}")
+        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters. Try python sample.py --out_dir={cfg.out}")
         return
 
     check(cfg.to == "gguf" or cfg.dtype == "f32", f"--to={cfg.to} writes fp32: --dtype={cfg.dtype} is for --to=gguf")
