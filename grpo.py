@@ -34,7 +34,7 @@ from common.checkpoint import (
     save, trim_log)
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
-from common.loss import cross_entropy, token_logps
+from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import (
     all_logps, check_minibatches, check_prompts, evaluate,
@@ -94,6 +94,12 @@ class Config:
     # machine
     device: str = "auto"
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "ptx_dir": "ptx_coef",
+    "ptx_rows": "ptx_coef"}
 
 
 # ---------------------------------------------------------------------------- maths
@@ -239,7 +245,8 @@ def main(cfg):
                 x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
                 net.require_backward_grad_sync = False
                 with env.autocast():
-                    ptx_loss = cross_entropy(net(x), model.head_weight, y, weights)
+                    ptx_logps = token_logps(net(x), model.head_weight, y, weights)
+                ptx_loss = -(weights * ptx_logps).sum()
                 (cfg.ptx_coef * ptx_loss * env.world).backward()
                 stats["ptx_loss"] += ptx_loss.item() * env.world
 

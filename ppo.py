@@ -33,7 +33,7 @@ from common.checkpoint import (
     save, trim_log)
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
-from common.loss import cross_entropy, last_learned, token_logps
+from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import (
     all_logps, check_minibatches, check_prompts, evaluate,
@@ -93,6 +93,12 @@ class Config:
     # machine
     device: str = "auto"
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "ptx_dir": "ptx_coef",
+    "ptx_rows": "ptx_coef"}
 
 
 # ---------------------------------------------------------------------------- maths
@@ -289,7 +295,8 @@ def main(cfg):
                 x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
                 actor_net.require_backward_grad_sync = False
                 with env.autocast():
-                    ptx_loss = cross_entropy(actor_net(x), actor.head_weight, y, weights)
+                    ptx_logps = token_logps(actor_net(x), actor.head_weight, y, weights)
+                ptx_loss = -(weights * ptx_logps).sum()
                 (cfg.ptx_coef * ptx_loss * env.world).backward()
                 sums["ptx_loss"] += ptx_loss.item() * env.world
 

@@ -90,6 +90,16 @@ class Config:
     seed: Whole = 1234
 
 
+# settings that change nothing without another one
+NEEDS = {
+    "adam_lr": "optimizer=muon",
+    "momentum": "optimizer=muon",
+    "n_active_experts": "n_experts",
+    "n_shared_experts": "n_experts",
+    "expert_hidden_dim": "n_experts",
+    "first_dense": "n_experts"}
+
+
 def get_batch(tokens, cfg, step, micro_step, device):
     """Return inputs and targets of a micro-step, (B, T) each: rows that begin anywhere in the text.
 

@@ -83,6 +83,16 @@ class Config:
     seed: Whole = 1234
 
 
+# settings that change nothing without another one
+NEEDS = {
+    "teacher_weight": "teacher",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
+    "adam_lr": "optimizer=muon",
+    "momentum": "optimizer=muon",
+    "epochs": "max_steps=0"}
+
+
 def pack(lengths, T, *seed):
     """Share conversations out to rows of T tokens, in an order drawn from seed; return a list of numbers a row.
 

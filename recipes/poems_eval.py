@@ -1,7 +1,7 @@
 """
 What the poems' runs are measured by (python -m tools.evaluate poems). All of it was in no training part, but the recitals.
 
-in: out/<run>/ folders, data/poems/, data/poems-sft/, data/poems-pairs/, data/raw/poems-heldout/, data/raw/poems-famous/
+in: out/<run>/ folders, data/poems/, data/poems-sft/, data/poems-pairs/, data/raw/poems-heldout/, data/raw/poems/
 
 every run
     bits_per_byte     held-out poems, teacher-forced; lower is better, whatever the tokenizer
@@ -77,8 +77,8 @@ def repeats(text, length=6):
 
 
 def famous_quatrains(raw_dir="data/raw"):
-    """Return {title: body}; poems-famous has each in several layouts, the one with the form has all that is needed."""
-    path = os.path.join(raw_dir, "poems-famous", "train.jsonl")
+    """Return {title: body}; data/raw/poems/quatrains.jsonl has each in several layouts, the one with the form has all that is needed."""
+    path = os.path.join(raw_dir, "poems", "quatrains.jsonl")
     quatrains = {}
     if not os.path.exists(path):
         return quatrains
