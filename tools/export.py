@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from common import load_checkpoint, load_model, load_reward_model, save_checkpoint
+from common.checkpoint import load_checkpoint, load_model, load_reward_model, save_checkpoint
 from configurator import check, run
 from tokenizer import load_tokenizer
 from tools.chat_template import CHAT_TEMPLATE  # noqa: F401, what a chat export writes

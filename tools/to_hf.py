@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from common import load_model
+from common.checkpoint import load_model
 from configurator import check
 from tokenizer import QWEN_PATTERN
 from tools.chat_template import CHAT_TEMPLATE, REWARD_TEMPLATE
