@@ -120,7 +120,7 @@ def model_config(cfg, vocab_size):
 
 def print_sample(model, tokenizer, cfg, env):
     """Print one sampled continuation of sample_start (after the token that begins every document)."""
-    prompt = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
+    prompt = tokenizer.encode_start(cfg.sample_start)
     prompt = prompt[:cfg.seq_len // 2]
     new_tokens = min(100, cfg.seq_len - len(prompt))
     stop_ids = [tokenizer.eot_id]
