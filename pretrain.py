@@ -131,7 +131,7 @@ def model_config(cfg, vocab_size):
 def print_sample(model, tokenizer, cfg, env):
     """Print a continuation of sample_start, made in the plainest way: for every new token all tokens so far go through
     the model. common/generate.py does the same faster, with a cache."""
-    ids = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
+    ids = tokenizer.encode_start(cfg.sample_start)
     generator = torch.Generator().manual_seed(cfg.seed)
     with env.autocast(), torch.compiler.set_stance("force_eager"):  # no compiling for every new length
         for _ in range(min(100, cfg.seq_len - len(ids))):
