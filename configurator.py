@@ -11,10 +11,8 @@ begins with an underscore. `--help` prints every field with its type, default an
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import json
-import math
 import os
 import runpy
 import signal
@@ -68,6 +66,9 @@ def run(main, Config, positional=None):
         stream.reconfigure(errors="backslashreplace")
     try:
         main(load_config(Config, positional=positional))
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed in this Python ({sys.executable}). Run `source .venv/bin/activate`, or "
+             "`pip install -r requirements.txt`")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -85,12 +86,6 @@ def run(main, Config, positional=None):
         fail(f"{type(error).__name__}: {error}")
 
 
-# Python started without the project's packages: the usual reason for an error on the very first command.
-for package in ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm"):
-    check(importlib.util.find_spec(package), f"{package} is not installed in this Python ({sys.executable}). Run "
-          "`source .venv/bin/activate`, or `pip install -r requirements.txt`")
-
-
 # ---------------------------------------------------------------------------- settings
 
 
@@ -105,8 +100,12 @@ def load_config(Config, argv=None, positional=None):
     for word in argv:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            check(equals, f"write {word} as {word}=VALUE")
             key = key.replace("-", "_")
+            if not equals:
+                # --chat alone switches it on
+                field = Config.__dataclass_fields__.get(key)
+                check(field is None or field.type is bool, f"write {word} as {word}=VALUE")
+                value = "True"
             from_words[key] = read_value(Config, key, value, "the command line")
         elif word.endswith(".py"):
             check(os.path.isfile(word), f"config file '{word}' does not exist (in {os.getcwd()})")
@@ -120,8 +119,19 @@ def load_config(Config, argv=None, positional=None):
             from_words[positional] = read_value(Config, positional, word, "the command line")
     settings = {**from_file, **from_words}
     cfg = Config(**settings)
-    cfg.given = set(settings)  # their names, for a stage that chooses the others itself
+    check_needs(cfg, from_words)
     return cfg
+
+
+def check_needs(cfg, given):
+    """Exit where a setting given on the command line changes nothing, by the NEEDS beside the script's Config: a name
+    maps to the setting it needs ("teacher"), or to its value ("optimizer=muon")."""
+    needs = getattr(sys.modules[type(cfg).__module__], "NEEDS", {})
+    for name in given:
+        key, equals, value = needs.get(name, "").partition("=")
+        if key:
+            met = str(getattr(cfg, key)) == value if equals else getattr(cfg, key)
+            check(met, f"{name}={given[name]} changes nothing without --{key}={value or '…'}")
 
 
 def run_file(path):

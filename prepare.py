@@ -32,7 +32,6 @@ import threading
 import time
 from typing import Literal
 
-# first, as it says how to install what is missing
 from configurator import Count, Share, Whole, changed, check, run
 
 import numpy as np

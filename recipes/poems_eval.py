@@ -1,5 +1,5 @@
 """
-What the poems' runs are measured by (python evaluate.py poems). All of it was in no training part, but the recitals.
+What the poems' runs are measured by (python -m tools.evaluate poems). All of it was in no training part, but the recitals.
 
 in: out/<run>/ folders, data/poems/, data/poems-sft/, data/poems-pairs/, data/raw/poems-heldout/, data/raw/poems-famous/
 
@@ -38,10 +38,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common import load_model, load_reward_model
-from data import collate, open_data, open_pairs
-from generate import generate
-from loss import answer_logps, score_answers, text_loss
+from common.checkpoint import load_model, load_reward_model
+from common.data import open_data, open_pairs, pad
+from common.generate import generate
+from common.loss import answer_logps, score_answers, text_loss
 from recipes import smalltalk
 from recipes.poems import FORMS, equal_lines, load_heldout, poem_form, rhyme
 from tokenizer import load_tokenizer, render_chat
@@ -126,14 +126,14 @@ def logps_of(model, documents, pad_id, env, temperature=1.0):
     """Summed log-prob of the learned tokens of each document (ids, mask), as far as the model sees it."""
     room = model.config.max_seq_len
     documents = [(ids[:room], mask[:room]) for ids, mask in documents]
-    sums, _ = answer_logps(model, collate(documents, pad_id, env.device), env, temperature)
+    sums, _ = answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env, temperature)
     return sums.tolist()
 
 
 @torch.no_grad()
 def scores_of(reward_model, documents, pad_id, env):
     """Score of each document (ids, mask)."""
-    return score_answers(reward_model, collate(documents, pad_id, env.device), env).tolist()
+    return score_answers(reward_model, *pad(documents, pad_id, env.device), env).tolist()
 
 
 # ---------------------------------------------------------------------------- measures

@@ -13,9 +13,10 @@ import pytest
 import sentencepiece
 import torch
 
-from common import load_model, load_reward_model, save_checkpoint, weights_hash
-from generate import generate
-from lora import add_lora
+from common.checkpoint import load_model, load_reward_model, save_checkpoint
+from common.lora import weights_hash
+from common.generate import generate
+from common.lora import add_lora
 from model import ScalarModel
 from oracles import KINDS, config_of, random_model
 from tokenizer import QWEN_PATTERN, SPECIAL_TOKENS, load_tokenizer, render_chat, train_tokenizer

@@ -21,9 +21,10 @@ import sentencepiece
 import torch
 from hypothesis import given, settings, strategies as st
 
-from common import Env, save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.distributed import Env
 from conftest import ROOT
-from generate import draw_uniforms, generate
+from common.generate import draw_uniforms, generate
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, render_chat, train_tokenizer
 from tools.engine import Engine, Full, Row, Token

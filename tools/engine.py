@@ -23,7 +23,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from generate import filter_logits, pick
+from common.generate import filter_logits, pick
 from model import KVCache
 
 

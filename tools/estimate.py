@@ -8,18 +8,17 @@ in: data/<name>/ for the size of the vocabulary. Nothing is written.
 """
 import torch
 
-from common import GPU_TFLOPS, start
+from tools.machine import GPU_TFLOPS
+from common.distributed import start
 from configurator import run
-from data import open_data
-from loss import chunk_size
+from common.data import open_data
+from common.loss import chunk_size
 from model import Transformer
-from pretrain import Config, model_config, turn_dial
+from pretrain import Config, model_config
 
 
 def main(cfg):
-    env = start(cfg)
-    if cfg.depth:
-        turn_dial(cfg)
+    env = start(cfg, cfg.dtype)
     cfg.seq_len = cfg.seq_len or cfg.max_seq_len
     _, _, meta = open_data(cfg.data_dir, "text")
     # tensors on the meta device have a shape and no memory

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from common import load_checkpoint, load_model, load_reward_model, save_checkpoint
+from common.checkpoint import load_checkpoint, load_model, load_reward_model, save_checkpoint
 from configurator import check, run
 from model import Transformer
 from tokenizer import QWEN_PATTERN, SPECIAL_TOKENS, load_tokenizer

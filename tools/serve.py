@@ -27,9 +27,10 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from common import load_model, start
+from common.checkpoint import load_model
+from common.distributed import start
 from configurator import Count, NonNegative, Whole, check, run
-from generate import draw_uniforms
+from common.generate import draw_uniforms
 from recipes.schemas import call_tools, list_tools
 from tokenizer import StreamDecoder, render_chat
 from tools.engine import Engine, Full, Row, Token
