@@ -1,10 +1,10 @@
 """
-A language model from nothing, through three stages: pretraining, SFT, GRPO. It needs torch alone.
+A language model from nothing, through three stages, with torch alone: pretraining, SFT, GRPO. Half a minute.
 
-    python learn/tiny.py          # half a minute
+    python learn/tiny.py
 
 This is all; the rest of the project is speed and care. In model.py its weights give the same logits.
-Shapes: B batch, T time, C channels, H heads, D channels a head, V characters.
+B batch, T time, C channels, H heads, D channels a head, V characters.
 """
 import math
 import pathlib
@@ -37,7 +37,6 @@ def decode(ids):
 
 # ---------------------------------------------------------------- the model: names and shapes as in model.py
 def make_weights():
-    """Return {name: matrix or vector}: random matrices, norm weights of 1."""
     W = {"embed.weight": 0.02 * torch.randn(len(CHARS), C), "norm.weight": torch.ones(C)}
     for i in range(LAYERS):
         W[f"blocks.{i}.attn_norm.weight"] = torch.ones(C)
@@ -58,8 +57,7 @@ def rotate(x):
     frequency = 10000.0 ** -(torch.arange(0, D, 2) / D)                            # (D/2)
     angle = torch.outer(torch.arange(x.size(2)).float(), frequency)                # (T, D/2)
     x1, x2 = x.chunk(2, dim=-1)
-    first = x1 * angle.cos() - x2 * angle.sin()
-    return torch.cat([first, x2 * angle.cos() + x1 * angle.sin()], dim=-1)
+    return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], dim=-1)
 
 
 def attention(x, qkv, out):
@@ -140,9 +138,8 @@ def questions_and_answers(poems):
 
 def answer_mask(rows):
     """1 where the target rows[:, 1:] belongs to the answer: behind ASK, up to and with the first END; (B, T)."""
-    is_end = (rows == ID[END]).long()
     asked = (rows == ID[ASK]).cumsum(1)[:, :-1] > 0
-    ended = (is_end.cumsum(1) - is_end)[:, 1:] > 0           # an END stands before this place
+    ended = (rows == ID[END]).cumsum(1)[:, :-1] > 0          # an END stands before this place
     return (asked & ~ended).float()
 
 
@@ -174,8 +171,8 @@ def grpo(W, data, steps=80, kl_coef=0.02):
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         logps = token_logps(W, rows)                                               # (128, 13)
         lead = (logps - token_logps(reference, rows)).detach()   # log(model / reference): do not go far from it
-        loss = -(advantages.view(-1, 1) - kl_coef * lead) * logps
         mask = answer_mask(rows)
+        loss = -(advantages.view(-1, 1) - kl_coef * lead) * logps
         return (loss * mask).sum() / mask.sum(), f"平均奖励 {rewards.mean():.2f}"
     train(W, batch_loss, 2e-3, steps)
 
@@ -185,7 +182,7 @@ def show(W, data):
     rows = sample(W, data[:, :6], 8, temperature=0).tolist()
     answers = [decode(row[6:]).partition(END)[0] for row in rows]
     print("  " + "  ".join(decode(row[:6]) + answer for row, answer in zip(rows[:3], answers)))
-    print(f"  {len(data)} 个问题，{len(set(answers))} 种回答，{sum("月" in answer for answer in answers)} 个有“月”")
+    print(f"  {len(data)} 个问题，{len(set(answers))} 种回答，{sum('月' in answer for answer in answers)} 个有“月”")
 
 
 if __name__ == "__main__":
