@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 from common import load_model, start
 from configurator import Count, NonNegative, Whole, check, run
 from generate import draw_uniforms
-from recipes.schemas import call_tools, list_tools
+from readers.calls import call_tools, list_tools
 from tokenizer import StreamDecoder, render_chat
 from tools.engine import Engine, Full, Row, Token
 
