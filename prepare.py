@@ -95,10 +95,10 @@ def read_plain(path):
         for is_blank, block in itertools.groupby(lines, str.isspace):
             text = ""
             for line in block:
-                text += "" if is_blank else line
+                text += line
                 if len(text) >= LONG:
                     raise ValueError("a text this long is cut in parts")
-            if text:
+            if not is_blank:
                 yield {"text": text.strip()}
 
 
@@ -183,8 +183,8 @@ def read_all(files, cfg, counts, folder):
           f"more than max_skipped={cfg.max_skipped}): {reasons(counts, 'skipped')}. The first are listed above. Is "
           f"--kind={cfg.kind} right? --max_skipped=1 goes on without them")
     lost = counts["noticed", "bytes not read"]
-    size = sum(os.path.getsize(path) for path, _, _ in files) or 1
-    check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read ({lost / size:.1%}, more than "
+    size = sum(os.path.getsize(path) for path, _, _ in files)
+    check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read (more than "
           f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
     check(len(table), f"nothing is left of {read:,} records. Dropped: {reasons(counts, 'dropped')}")
 
@@ -193,11 +193,9 @@ def read_all(files, cfg, counts, folder):
     if is_single and cfg.kind == "text" and cfg.val_fraction:
         return cut_in_two(folder, cfg.val_fraction)
     numbers = divide(table, cfg.val_fraction)
-    # numbers from len(table) on are copies, which --repeat asks for
-    everything = np.concatenate([numbers["train"], numbers["val"]])
-    n_unique = int((everything < len(table)).sum())
+    n_unique = len(numbers["val"]) + int((numbers["train"] < len(table)).sum())  # above are those of --repeat
     counts["dropped", "duplicate"] = len(table) - n_unique
-    counts["noticed", "repeated documents"] = len(everything) - n_unique
+    counts["noticed", "repeated documents"] = len(numbers["val"]) + len(numbers["train"]) - n_unique
     return numbers
 
 
@@ -296,8 +294,8 @@ def build(cfg, folder):
     check(totals["train"]["documents"], f"nothing to train on: of {counts['read']} records "
           f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
           f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
-    os.remove(os.path.join(folder, "documents"))
-    os.remove(os.path.join(folder, "documents.ends"))
+    for leftover in ("documents", "documents.ends"):
+        os.remove(os.path.join(folder, leftover))
 
     # what there is to know about it
     from readers.report import fields_of, peak_memory
