@@ -72,8 +72,6 @@ PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, 
 # What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
 ODD = re.compile(CONTROLS.pattern + "|<\\||</?s>|^\\s*[\\[{]|^version https|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
-FILES = {"text": ("bin",), "sft": ("bin", "mask", "idx"), "pairs": ("bin", "mask", "idx", "group"),
-         "prompts": ("bin", "idx")}
 COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 
 
@@ -209,6 +207,7 @@ def reasons(counts, what):
 
 def write_tokens(numbers, cfg, folder):
     """Tokenize both splits and write their files. Return {split: counts}."""
+    from common.data import FILES  # only here, as it needs torch, which the workers do not
     for split in numbers:
         for name in FILES[cfg.kind]:
             with open(os.path.join(folder, f"{split}.{name}"), "wb") as f:
@@ -318,19 +317,6 @@ def build(cfg, folder):
         json.dump(meta, f, ensure_ascii=False, indent=1)
 
 
-def from_recipe(cfg):
-    """Let recipes/<name>.py write its files. Return (settings to prepare them with, recipes to prepare right after)."""
-    module = f"recipes.{cfg.name.split('-')[0]}"
-    is_there = re.fullmatch(r"recipes\.\w+", module) and importlib.util.find_spec(module)
-    recipes = getattr(importlib.import_module(module), "RECIPES", {}) if is_there else {}
-    check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (in {module}: "
-          f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
-    recipe = recipes[cfg.name]
-    unset = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
-    written = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry})
-    return dataclasses.replace(cfg, kind=recipe.kind, input=written, **unset), recipe.also
-
-
 def main(cfg):
     from readers.report import report, show
     check(cfg.name, "which data set? python prepare.py NAME --input=FILE_OR_FOLDER, or a recipe's name (--help)")
@@ -338,13 +324,19 @@ def main(cfg):
     if cfg.show and not cfg.input and os.path.exists(os.path.join(folder, "meta.json")):
         show(folder, cfg.show)
         return
-    also = ()
     if not cfg.input:
-        cfg, also = from_recipe(cfg)
+        # recipes/poems.py writes the files of "poems" and of "poems-sft", and says how to prepare them
+        module = f"recipes.{cfg.name.split('-')[0]}"
+        is_there = re.fullmatch(r"recipes\.\w+", module) and importlib.util.find_spec(module)
+        recipes = getattr(importlib.import_module(module), "RECIPES", {}) if is_there else {}
+        check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (in {module}: "
+              f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
+        recipe = recipes[cfg.name]
+        settings = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
+        settings["input"] = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry})
+        cfg = dataclasses.replace(cfg, kind=recipe.kind, **settings)
     report(prepare(cfg))
     show(folder, cfg.show or 3)
-    for name in also:
-        main(Config(name, poetry=cfg.poetry, tokenizer=folder, workers=cfg.workers))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Documents to rows of tokens, on all cores: what the stages learn from, token by 
 import array
 import collections
 import concurrent.futures
-import itertools
 import json
 import multiprocessing
 import os
@@ -140,10 +139,13 @@ def id_type(tok):
 def tokenize_all(numbers, cfg, folder):
     """Yield (split, {file: array}, counts) of all documents in `folder`, a chunk at a time, in the order of numbers."""
     documents = Documents(folder)
-    chunks = chunks_of(numbers, documents.ends)
-    n_chunks = 1 + int(documents.ends[-1]) // CHUNK_BYTES  # about
-    n_workers = min(cfg.workers or os.cpu_count(), n_chunks)
-    bar = tqdm(desc="tokenize", total=n_chunks, unit="chunk", disable=None)
+    mean_bytes = int(documents.ends[-1]) / len(documents)
+    chunks = []
+    for split, ordered in numbers.items():
+        n_chunks = 1 + int(len(ordered) * mean_bytes / CHUNK_BYTES)
+        chunks += [(split, chunk) for chunk in np.array_split(ordered, n_chunks)]
+    n_workers = min(cfg.workers or os.cpu_count(), len(chunks))
+    bar = tqdm(desc="tokenize", total=len(chunks), unit="chunk", disable=None)
     if n_workers == 1:
         start_worker(cfg, folder)
         for chunk in chunks:
@@ -153,18 +155,7 @@ def tokenize_all(numbers, cfg, folder):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(n_workers, spawn, start_worker, (cfg, folder)) as pool:
         # a few at a time, so that their tokens do not pile up in memory
-        while batch := list(itertools.islice(chunks, 4 * n_workers)):
-            for result in pool.map(tokenize, batch):
+        for first in range(0, len(chunks), 4 * n_workers):
+            for result in pool.map(tokenize, chunks[first:first + 4 * n_workers]):
                 yield result
                 bar.update()
-
-
-def chunks_of(numbers, ends):
-    """Yield (split, numbers of documents) for about CHUNK_BYTES of text at a time."""
-    for split in numbers:
-        for block in np.array_split(numbers[split], 1 + len(numbers[split]) // 100_000):
-            i = block % len(ends)
-            sizes = ends[i] - np.where(i > 0, ends[i - 1], 0)
-            borders = np.flatnonzero(np.diff(sizes.cumsum() // CHUNK_BYTES)) + 1
-            for part in np.split(block, borders):
-                yield split, part

@@ -1,4 +1,4 @@
-"""prepare.py by hand: what goes in, and what lies in data/<name>/ afterwards. (Odd files: tests/hard/test_records.py)"""
+"""prepare.py by hand: what goes in, and what lies in data/<name>/ afterwards. Odd files: tests/hard/."""
 import json
 import os
 import subprocess

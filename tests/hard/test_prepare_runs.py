@@ -84,20 +84,14 @@ def test_command_line(tok_file):
     assert "Traceback" not in wrong.stderr
 
 
-def test_recipes_are_prepared_with_what_follows_them(tok_file, monkeypatch, capsys):
+def test_recipes_are_prepared_with_their_settings(monkeypatch):
     poems = pytest.importorskip("recipes.poems")
     corpus()
-    write("chat.jsonl", [{"prompt": f"问{i}", "response": "答"} for i in range(20)])
-
-    def fake(path, kind, defaults, also=()):
-        return poems.Recipe(lambda raw_dir, options: path, kind, defaults, also)
-
-    monkeypatch.setattr(poems, "RECIPES", {"poems-a": fake("in", "text", {"vocab_size": 400, "min_length": 2}, ("poems-b",)),
-                                           "poems-b": fake("chat.jsonl", "sft", {})})
+    recipe = poems.Recipe(lambda raw_dir, options: "in", "text", {"vocab_size": 400, "min_length": 2})
+    monkeypatch.setattr(poems, "RECIPES", {"poems-a": recipe})
     prepare.main(Config("poems-a", min_length=3, workers=1))
-    a, b = Folder("data/poems-a"), Folder("data/poems-b")
-    assert a.meta["vocab_size"] <= 400 and a.meta["config"]["min_length"] == 3     # the user's word over the recipe's
-    assert b.meta["kind"] == "sft" and b.meta["fingerprint"] == a.meta["fingerprint"]
+    meta = Folder("data/poems-a").meta
+    assert meta["vocab_size"] <= 400 and meta["config"]["min_length"] == 3     # the user's word over the recipe's
 
 
 # ---------------------------------------------------------------- runs that end early

@@ -1,4 +1,4 @@
-"""recipes/records.py, schemas.py: formats, encodings, damaged files, every schema, and what is told of the fields."""
+"""readers/: formats, encodings, damaged files, every schema, and what is told of the fields."""
 import bz2
 import collections
 import gzip
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from prepare import FILES
+from common.data import FILES
 from prepared import POEMS, messages, run, small_tokenizer, write
 from common import rows
 from common.documents import clean
