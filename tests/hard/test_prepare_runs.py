@@ -17,6 +17,7 @@ from configurator import load_config
 from prepare import Config
 from prepared import POEMS, Folder, corpus, messages, read_all, run, small_tokenizer, write
 from readers import records, report
+from readers.folder import clear_leftovers
 from tokenizer import load_tokenizer, render_chat
 
 SCRIPT = os.path.abspath(prepare.__file__)
@@ -151,7 +152,7 @@ def test_killed_between_the_two_renames(tok_file):
     old = read_all(run(tok_file))
     os.rename("data/x", "data/x.old")
     os.makedirs("data/x.tmp")
-    prepare.clear_leftovers("data/x")
+    clear_leftovers("data/x")
     assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
 
 
