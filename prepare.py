@@ -42,7 +42,7 @@ from tokenizer import load_tokenizer, train_tokenizer
 class Config:
     name: str = ""  # the folder data/<name> to write; without --input, the recipe of that name
     # input
-    input: str = ""  # a file, or a folder that is searched for files
+    input: str = ""  # files, folders (searched for files) and patterns, commas between them; *.bin: token ids
     kind: Literal["text", "sft", "pairs", "prompts"] = "text"  # sft: conversations; pairs: ranked answers; prompts: PPO
     fields: str = ""  # our names for fields of the records: "text:story" or "question:ask,answer:reply"
     txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
@@ -264,30 +264,33 @@ def build(cfg, folder):
         files = find_files(cfg.input, cfg.repeat)
     counts = collections.Counter()  # what became of all records: "read", "kept", ("dropped", reason), …
     path = os.path.join(folder, "tokenizer.model")
-    if cfg.tokenizer:
-        tok = load_tokenizer(cfg.tokenizer)
+    tok = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    if tok:
         tok.save(path)
-
-    # first pass: all documents in one file, in which order, and the vocabulary
-    numbers = read_all(files, cfg, counts, folder)
-    documents = Documents(folder)
-    if cfg.tokenizer:
-        from readers.round_trip import changes
-        counts.update(changes(tok, documents))
+    if files[0][0].endswith(".bin"):
+        # token ids already
+        from readers.token_files import write_token_files
+        totals = write_token_files([path for path, _, _ in files], cfg, tok, counts, folder)
     else:
-        print("training the tokenizer", flush=True)
-        texts = (documents[number] for number in numbers["train"])
-        train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
-
-    # second pass: tokens
-    totals = write_tokens(numbers, cfg, folder)
+        # first pass: all documents in one file, in which order, and the vocabulary
+        numbers = read_all(files, cfg, counts, folder)
+        documents = Documents(folder)
+        if tok:
+            from readers.round_trip import changes
+            counts.update(changes(tok, documents))
+        else:
+            print("training the tokenizer", flush=True)
+            texts = (documents[number] for number in numbers["train"])
+            train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
+        # second pass: tokens
+        totals = write_tokens(numbers, cfg, folder)
+        for leftover in ("documents", "documents.ends"):
+            os.remove(os.path.join(folder, leftover))
     for split in totals:
         counts.update(totals[split])
     check(totals["train"]["documents"], f"nothing to train on: of {counts['read']} records "
           f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
           f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
-    for leftover in ("documents", "documents.ends"):
-        os.remove(os.path.join(folder, leftover))
 
     # what there is to know about it
     from readers.report import fields_of, peak_memory

@@ -24,8 +24,9 @@ def find_files(given, repeat=""):
     for root in roots:
         for path in files_below(root):
             found.setdefault(path, root)
-    paths = sorted(path for path in found if extension(path) in READERS)
-    others = [path for path in found if extension(path) not in READERS]
+    readable = READERS if any(extension(path) in READERS for path in found) else (".bin",)  # token ids stand alone
+    paths = sorted(path for path in found if extension(path) in readable)
+    others = [path for path in found if extension(path) not in readable]
     endings = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others}))
     check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
           f" found {len(found)} files with endings: {endings or '-'}")

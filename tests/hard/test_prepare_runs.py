@@ -339,7 +339,7 @@ def test_repeated_conversations_are_counted_once(tok_file):
     os.mkdir("in")
     write("in/a.jsonl", [{"prompt": f"问{i}", "response": "答" if i else "龘" * 400} for i in range(10)])
     folder = run(tok_file, kind="sft", repeat="a:3", max_length=200, val_fraction=0.0)
-    assert folder.meta["dropped"] == {"too long": 1} and folder.meta["kept"] == 9 and len(folder.rows()) == 27
+    assert folder.meta["dropped"] == {"longer than --max_length=200": 1} and folder.meta["kept"] == 9 and len(folder.rows()) == 27
 
 
 def test_of_a_document_in_two_files_the_held_out_one_wins(tok_file):
@@ -426,4 +426,4 @@ def test_long_conversations_end_with_an_answer_to_learn(tok_file):
     limit = len(render_chat(tok, turns)[0]) - 1
     folder = run(tok_file, kind="sft", max_length=limit, val_fraction=0.0)
     assert folder.rows() == [render_chat(tok, turns[:2])[0]]
-    assert folder.meta["cut"] == {"after an answer": 1}
+    assert folder.meta["cut"] == {f"after an answer, at --max_length={limit}": 1}
