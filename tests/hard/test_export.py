@@ -20,7 +20,7 @@ from common.generate import generate
 from common.lora import add_lora
 from model import ScalarModel
 from oracles import KINDS, config_of, random_model
-from recipes.schemas import call_tools, list_tools
+from readers.calls import call_tools, list_tools
 from test_vocabulary import FAMILIES, train_sentencepiece, write_family
 from tokenizer import SPECIAL_TOKENS, load_tokenizer, render_chat, train_tokenizer
 from tools import export, from_hf, to_hf, vocabulary
@@ -212,6 +212,7 @@ def test_vocabularies_come_back(named, tmp_path):
     """From tokenizer.json, and the sentencepiece model beside it where there is one: the very same vocabulary."""
     for stage in ("pretrain", "sft"):
         to_hf.write_tokenizer(named, str(tmp_path / stage), 256, stage)
+        to_hf.write_json(str(tmp_path / stage), "config.json", to_hf.end_ids(named, stage))
         again = load_tokenizer(tmp_path / stage)
         assert again.fingerprint == named.fingerprint and again.raw == named.raw
         assert again.eot_id == named.eot_id and (stage == "sft" or again.start_ids == named.start_ids)
@@ -497,7 +498,7 @@ def test_adapters_equal_peft(kind, targets, tok, place):
 
 
 def test_merged(tok, place):
-    run = save_adapters(place, tok, "qwen3_bias", "qkv|gate_up")
+    run = save_adapters(place, tok, "qwen2_wide", "qkv|gate_up")
     export.main(export.Config(run, "merged", out=f"{place}/merged"))
     wanted, _, _ = load_model(run)
     found, _, checkpoint = load_model(f"{place}/merged")
