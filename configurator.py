@@ -11,10 +11,8 @@ begins with an underscore. `--help` prints every field with its type, default an
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import json
-import math
 import os
 import runpy
 import signal
@@ -68,6 +66,9 @@ def run(main, Config, positional=None):
         stream.reconfigure(errors="backslashreplace")
     try:
         main(load_config(Config, positional=positional))
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed in this Python ({sys.executable}). Run `source .venv/bin/activate`, or "
+             "`pip install -r requirements.txt`")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -85,12 +86,6 @@ def run(main, Config, positional=None):
         fail(f"{type(error).__name__}: {error}")
 
 
-# Python started without the project's packages: the usual reason for an error on the very first command.
-for package in ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm"):
-    check(importlib.util.find_spec(package), f"{package} is not installed in this Python ({sys.executable}). Run "
-          "`source .venv/bin/activate`, or `pip install -r requirements.txt`")
-
-
 # ---------------------------------------------------------------------------- settings
 
 
@@ -105,8 +100,12 @@ def load_config(Config, argv=None, positional=None):
     for word in argv:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            check(equals, f"write {word} as {word}=VALUE")
             key = key.replace("-", "_")
+            if not equals:
+                # --chat alone switches it on
+                field = Config.__dataclass_fields__.get(key)
+                check(field is None or field.type is bool, f"write {word} as {word}=VALUE")
+                value = "True"
             from_words[key] = read_value(Config, key, value, "the command line")
         elif word.endswith(".py"):
             check(os.path.isfile(word), f"config file '{word}' does not exist (in {os.getcwd()})")
@@ -120,8 +119,19 @@ def load_config(Config, argv=None, positional=None):
             from_words[positional] = read_value(Config, positional, word, "the command line")
     settings = {**from_file, **from_words}
     cfg = Config(**settings)
-    cfg.given = set(settings)  # their names, for a stage that chooses the others itself
+    check_needs(cfg, from_words)
     return cfg
+
+
+def check_needs(cfg, given):
+    """Exit where a setting given on the command line changes nothing, by the NEEDS beside the script's Config: a name
+    maps to the setting it needs ("teacher"), or to its value ("optimizer=muon")."""
+    needs = getattr(sys.modules[type(cfg).__module__], "NEEDS", {})
+    for name in given:
+        key, equals, value = needs.get(name, "").partition("=")
+        if key:
+            met = str(getattr(cfg, key)) == value if equals else getattr(cfg, key)
+            check(met, f"{name}={given[name]} changes nothing without --{key}={value or '…'}")
 
 
 def run_file(path):
@@ -134,48 +144,34 @@ def run_file(path):
 
 def read_value(Config, key, value, where):
     """Return `value` in the type of the field `key`: a string is parsed, a value of Python is taken as it is."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    fields = {f.name: f.type for f in dataclasses.fields(Config)}
     if key not in fields:
         near = difflib.get_close_matches(key, fields, n=1)
         hint = f", did you mean '{near[0]}'?" if near else ""
         fail(f"no setting '{key}'{hint} (from {where}; --help lists them all)")
-    wanted = fields[key].type
-    if get_origin(wanted) is Literal:
-        choices = get_args(wanted)
-        check(value in choices, f"{key}={value!r} (from {where}): known are {', '.join(map(str, choices))}")
+    kind = fields[key]
+    if get_origin(kind) is Literal:
+        check(value in get_args(kind), f"{key}={value!r} (from {where}): known are {', '.join(get_args(kind))}")
         return value
-    kind = wanted
-    words = WORDS.get(wanted)
+    words = WORDS.get(kind)
     allowed = None
-    if get_origin(wanted) is Annotated:
-        kind, words, allowed = get_args(wanted)
+    if get_origin(kind) is Annotated:
+        kind, words, allowed = get_args(kind)
     error = f"{key} wants {words}, got {value!r} (from {where})"
-    value = parse(value, kind, error)
-    check(allowed is None or allowed(value), error)
-    return value
-
-
-def parse(value, kind, error):
-    """Return `value` as kind (bool, int, float or str), or exit with `error`."""
-    if kind is str:
-        check(isinstance(value, str), error)
-        return value
-    if isinstance(value, str):
-        value = value.strip()
+    if isinstance(value, str) and kind is not str:
         try:
-            value = ast.literal_eval(value.title() if kind is bool else value)  # true is True
+            value = float(value) if kind is float else ast.literal_eval(value.strip().title())  # true is True
         except (ValueError, SyntaxError, TypeError):
-            check(value in ("inf", "-inf", "nan"), error)
-            value = float(value)
-    if kind is bool:
-        check(isinstance(value, (bool, int)) and value in (0, 1), error)
-        return bool(value)
-    check(isinstance(value, (int, float)) and not isinstance(value, bool), error)
-    check(kind is float or value == value // 1, error)  # 1e5 is a fine int, 0.5 is not
+            fail(error)
+    # 0 and 1 may stand for False and True, but not the other way round; 1e5 is a fine int, 0.5 is not
+    taken = {bool: (bool, int), int: (int, float), float: (int, float), str: str}[kind]
+    check(isinstance(value, taken) and isinstance(value, bool) <= (kind is bool), error)
     try:
-        return kind(value)
-    except OverflowError:
+        same = kind(value)
+    except (OverflowError, ValueError):  # int(nan), float(10 ** 400)
         fail(error)
+    check((same == value or kind is float) and (allowed is None or allowed(same)), error)
+    return same
 
 
 def changed(cfg):

@@ -17,23 +17,22 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-# first, as it says how to install what is missing
-from configurator import Count, NonNegative, Positive, Share, Whole, run
-
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
-from common import (
-    all_sum, batch_starts, finish, load_model,
-    log, lr_at, make_optimizers, micro_steps,
-    no_grad_eval, optimizer_step, parallel, resume,
-    save, set_lr, start)
-from data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
-from lora import start_lora
-from loss import answer_logps, cross_entropy
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
+from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
+from common.lora import start_lora
+from common.loss import answer_logps, token_logps
+from common.optim import lr_at, make_adamw, set_lr
+from configurator import Count, NonNegative, Positive, Share, Whole, run
 
-# in the log: share of pairs won, lead in implicit reward, log-probs of whole answers (nats), these less the reference's
-STATS = ("loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_ratio", "rejected_ratio")
+STAGE = "dpo"
+# a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
+SAME = ("seed", "data_dir", "init_from", "loss")
 
 
 @dataclass
@@ -47,13 +46,13 @@ class Config:
     loss: Literal["dpo", "cdpo", "ipo", "simpo", "orpo"] = "dpo"  # the last two need no reference
     beta: Positive = 0.1           # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda)
     label_smoothing: Share = 0.1   # cdpo: share of pairs taken to be the wrong way round
-    simpo_gamma: NonNegative = 0.5  # simpo: lead asked of the better answer
-    nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss a token (RPO, arXiv 2404.19733)
+    simpo_gamma: NonNegative = 0.5  # simpo: lead that the better answer must have
+    nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss per token (RPO, arXiv 2404.19733)
     # conversations mixed in, so that preferences do not cost the chat
     ptx_dir: str = ""              # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0    # weight of their loss; 0: none
-    ptx_rows: Count = 8            # a micro-step
-    # adapters (lora.py)
+    ptx_rows: Count = 8            # a step
+    # adapters (common/lora.py)
     lora_rank: Whole = 0           # 0: train all weights
     lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
@@ -64,17 +63,27 @@ class Config:
     max_steps: Count = 200
     lr: Positive = 5e-6
     min_lr: NonNegative = 5e-7     # at the last step
-    warmup_steps: Whole = 20
+    warmup_steps: Whole = 0        # 0: a tenth of the run, at most 100
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0   # 0: no clipping
-    # every eval_every steps: STATS on held-out prompts, a checkpoint
+    # every eval_every steps: the same numbers on held-out prompts, a checkpoint
     eval_every: Count = 50
     eval_prompts: Count = 500      # of the validation split, at most
     log_every: Count = 1
     # machine
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bf16 where it is fast
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "label_smoothing": "loss=cdpo",
+    "simpo_gamma": "loss=simpo",
+    "ptx_dir": "ptx_coef",
+    "ptx_rows": "ptx_coef",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank"}
 
 
 def best_against_each(sizes, device="cpu"):
@@ -135,14 +144,18 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
     return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 
 
-def batch_loss(model, reference, batch, sizes, cfg, env):
-    """Return the loss and STATS (7), both means over prompts. reference: None for losses that need none."""
+def batch_loss(net, model, reference, batch, sizes, cfg, env):
+    """Return the loss, and what the log says of it, {name: number}, both means over prompts.
+
+    net: the policy as DistributedDataParallel, or the policy itself; reference: None for losses that need none.
+    """
+    ids, mask = batch
     # one forward pass scores every answer once, also the best one, which is in several pairs
-    logps, lengths = answer_logps(model, batch, env)                               # (R), (R)
+    logps, lengths = answer_logps(net, model.head_weight, ids, mask, env)          # (R), (R)
     ref_logps = torch.zeros_like(logps)
     if reference is not None:
         with torch.no_grad():
-            ref_logps, _ = answer_logps(reference, batch, env)
+            ref_logps, _ = answer_logps(reference, reference.head_weight, ids, mask, env)
     chosen, rejected, weights = best_against_each(sizes, env.device)               # each (P)
     losses, chosen_reward, rejected_reward = preference_loss(
         logps[chosen],
@@ -152,43 +165,48 @@ def batch_loss(model, reference, batch, sizes, cfg, env):
         lengths[chosen],
         lengths[rejected],
         cfg)
-    # what the log says, in the order of STATS
     margin = chosen_reward - rejected_reward
-    ratios = logps - ref_logps
-    stats = torch.stack([                                                          # (7, P)
-        losses,
-        (margin > 0).float(),
-        margin,
-        logps[chosen],
-        logps[rejected],
-        ratios[chosen],
-        ratios[rejected]])
-    return losses @ weights, stats.detach() @ weights
+    stats = {
+        "loss": losses,
+        "accuracy": (margin > 0).float(),         # share of pairs won
+        "margin": margin,                         # lead in implicit reward
+        "chosen_logp": logps[chosen],             # of whole answers, in nats
+        "rejected_logp": logps[rejected]}
+    if reference is not None:
+        stats["chosen_ratio"] = logps[chosen] - ref_logps[chosen]
+        stats["rejected_ratio"] = logps[rejected] - ref_logps[rejected]
+    return losses @ weights, {name: values.detach() @ weights for name, values in stats.items()}
 
 
+def add_stats(sums, stats, weight):
+    """Add weight * stats to the sums, both {name: number}."""
+    for name, value in stats.items():
+        sums[name] = sums.get(name, 0.0) + weight * value
+
+
+@torch.no_grad()
 def evaluate(model, reference, split, cfg, pad_id, env):
-    """Return STATS on the first eval_prompts of a split, shared among the processes."""
+    """Return the statistics of batch_loss on the first eval_prompts of a split, shared among the processes."""
     n_prompts = min(cfg.eval_prompts, len(split.prompt_bounds()) - 1)
-    sums = torch.zeros(len(STATS), device=env.device)
-    with no_grad_eval(model):
-        for first in batch_starts(n_prompts, cfg.batch_size, env):
-            end = min(first + cfg.batch_size, n_prompts)
-            prompts = range(first, end)
-            batch, sizes = get_prompts(split, prompts, pad_id, env.device)
-            _, stats = batch_loss(model, reference, batch, sizes, cfg, env)
-            sums += stats * len(sizes)
-    totals = all_sum([*sums], env)
-    return [total / n_prompts for total in totals]
+    sums = {}
+    for first in batch_starts(n_prompts, cfg.batch_size, env, pad=True):
+        prompts = range(min(first, n_prompts - 1), min(first + cfg.batch_size, n_prompts))
+        batch, sizes = get_prompts(split, prompts, pad_id, env.device)
+        _, stats = batch_loss(model, model, reference, batch, sizes, cfg, env)
+        # a rank behind the end measures the last prompt again, and counts it as nothing
+        add_stats(sums, stats, max(0, min(cfg.batch_size, n_prompts - first)))
+    totals = all_sum(list(sums.values()), env)
+    return {f"val_{name}": total / n_prompts for name, total in zip(sums, totals)}
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
-    env = start(cfg)
+    # one process per GPU, each with its share of a step's micro-steps
+    env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ models
-    model, tokenizer, _ = load_model(cfg.init_from, env.device)
+    model, tokenizer, base = load_model(cfg.init_from, env.device)
     pad_id = tokenizer.pad_id
     # the reference is the model as it was: how far we have moved is measured from there. It never learns
     reference = None
@@ -196,9 +214,12 @@ def main(cfg):
         reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
-        start_lora(model, cfg)
-    stat_names = STATS if reference else STATS[:5]  # without a reference there are no ratios
-    net = parallel(model, env)  # model, plus the exchange of gradients between processes
+        start_lora(model, cfg, base["model"])
+    del base
+    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    net = model
+    if env.world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_pairs(cfg.data_dir, tokenizer.fingerprint, model.config.max_seq_len)
@@ -207,33 +228,37 @@ def main(cfg):
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
     # ------------------------------------------------------------------------ optimizer
-    optimizers = make_optimizers(model, cfg)
-    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
-    step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
-    if env.main:
+    optimizer = make_adamw(model.parameters(), cfg.lr, cfg.weight_decay)
+
+    # ------------------------------------------------------------------------ run folder
+    own(cfg, env, cfg.init_from)
+    catch_signals(env)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizer's state, its step
+    step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, [optimizer], env)
+    trim_log(cfg, env, step)
+    if env.is_main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
-        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
               f"{epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop
-    model.train()
     while step < cfg.max_steps:
-        # warm up, then come down, as in pretrain.py. Rates are small: a policy that moves far wins its pairs and loses
-        # its language
+        # warm up, then come down. Rates are small: a policy that moves far wins its pairs and loses its language
         began = time.perf_counter()
         lr = lr_at(step, cfg)
-        set_lr(optimizers, lr / cfg.lr)
+        set_lr([optimizer], lr / cfg.lr)
 
         # conversations mixed in come first: their gradients wait in the same place for those of the pairs
         if cfg.ptx_coef:
             x, y, weights = mixed_rows(ptx, step, cfg.ptx_rows, cfg.seed, pad_id, env)
             net.require_backward_grad_sync = False
             with env.autocast():
-                ptx_loss = cross_entropy(net(x), model.head_weight, y, weights)
+                ptx_logps = token_logps(net(x), model.head_weight, y, weights)
+            ptx_loss = -(weights * ptx_logps).sum()
             env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
 
         # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
-        sums = torch.zeros(len(STATS), device=env.device)
+        sums = {}
         for i in micro:
             first = (step * cfg.grad_accum + i) * cfg.batch_size
             # a prompt comes with all its answers
@@ -241,41 +266,45 @@ def main(cfg):
             batch, sizes = get_prompts(train, prompts, pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             # forward: log-probs of all answers under policy and reference, then the loss of every pair
-            loss, stats = batch_loss(net, reference, batch, sizes, cfg, env)
+            loss, stats = batch_loss(net, model, reference, batch, sizes, cfg, env)
             # backward: the mean over micro-steps; the scaler matters in fp16 alone
             env.scaler.scale(loss / len(micro)).backward()
-            sums += stats / cfg.grad_accum
+            add_stats(sums, stats, 1 / cfg.grad_accum)
+
+        # clip
+        env.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        check_finite(norm, cfg, env)
+        # step, and make room for the next gradients
+        env.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        env.scaler.update()
+        step += 1
 
         # means over all processes, and whether one of them was asked to stop: then all must, after this very step
-        *stats, stop = all_sum([*sums, len(env.signals)], env)
-        norm = optimizer_step(model, optimizers, cfg, env)
-        step += 1
-        seconds = time.perf_counter() - began
+        *totals, stop = all_sum([*sums.values(), len(env.signals)], env)
+        record = dict(zip(sums, totals))
+        record["lr"] = lr
+        record["norm"] = norm
+        record["seconds"] = time.perf_counter() - began
 
         # measure on held-out prompts now and then, and at the end. Watch chosen_logp: where it falls with the loss, the
         # better answers become unlikely as well
-        record = dict(zip(stat_names, stats))
-        record["lr"] = lr
-        record["norm"] = norm
-        record["seconds"] = seconds
-        last = step == cfg.max_steps
-        measure = last or step % cfg.eval_every == 0
+        measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and len(val):
-            val_stats = evaluate(model, reference, val, cfg, pad_id, env)
-            for name, value in zip(stat_names, val_stats):
-                record[f"val_{name}"] = value
+            record.update(evaluate(model, reference, val, cfg, pad_id, env))
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
         # best.pt is the lowest validation loss, ckpt.pt the place from which the same command goes on
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
-            save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("best.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=best_val)
         if measure or stop:
-            save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=best_val)
         if stop:
             break
-    finish(cfg, env, step, f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
+    finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 
 if __name__ == "__main__":

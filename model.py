@@ -38,7 +38,7 @@ class ModelConfig:
     n_active_experts: int = 2     # experts a token is sent to
     n_shared_experts: int = 1     # experts that every token passes
     expert_hidden_dim: int = 0    # width of one expert; 0: hidden_dim / (active + shared), as costly as a dense layer,
-                                  # rounded up to a multiple of 8 (the grouped product wants rows of whole 16 bytes)
+                                  # rounded up to a multiple of 8 (the grouped matmul needs rows of whole 16 bytes)
     first_dense: int = 1          # this many first layers stay dense
     route_scale: float = 1.0      # factor on the routed experts' sum
 
@@ -63,8 +63,8 @@ class ModelConfig:
                 raise ValueError(f"n_active_experts={self.n_active_experts} of only n_experts={self.n_experts}")
 
 
-def product_dtype(x):
-    """Return the dtype in which products with x are made: under autocast its own (bf16, fp16), else that of x."""
+def matmul_dtype(x):
+    """Return the dtype in which matmuls with x are made: under autocast its own (bf16, fp16), else that of x."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -165,9 +165,14 @@ class KVCache:
 
 
 def attend(q, k, v, mask):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D): softmax(q k / sqrt(D)) v, (B, H, T, D).
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D), return (B, H, T, D):
 
-    mask (B, 1, T, S): True where a query sees a key; None: each sees the keys up to its own place.
+        scores = q @ k.mT / sqrt(D)                     how well each query fits each key, (B, H, T, S)
+        scores = scores.masked_fill(~mask, -inf)        what may not be seen gets no weight
+        return scores.softmax(-1) @ v                   a weighted mean of the values
+
+    With K < H heads, each key head serves H / K query heads. mask (B, 1, T, S): True where a query sees a key; None:
+    each sees the keys up to its own place. The fused kernel computes the same without storing all scores.
     """
     B, H, T, D = q.shape
     K = k.size(1)
@@ -181,19 +186,17 @@ def attend(q, k, v, mask):
         queries = q.view(B, K, H // K, D)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
         return y.view(B, H, 1, D)
-    grouped = K != H
-    if grouped and q.is_cuda:
-        # no fused kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel, all
-        # T x S scores would lie in memory. Copies of the keys are the smaller evil
-        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
-        if mask is not None or not ampere:
-            k = k.repeat_interleave(H // K, dim=1)
-            v = v.repeat_interleave(H // K, dim=1)
-            grouped = False
-    return F.scaled_dot_product_attention(
-        q, k, v, mask,
-        is_causal=mask is None,
-        enable_gqa=grouped)
+    if K != H and q.is_cuda and needs_own_keys(q.device, mask):
+        k = k.repeat_interleave(H // K, dim=1)
+        v = v.repeat_interleave(H // K, dim=1)
+        K = H
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K != H)
+
+
+def needs_own_keys(device, mask):
+    """No fused CUDA kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel all
+    T x S scores would lie in memory, so the keys are copied instead."""
+    return mask is not None or torch.cuda.get_device_capability(device) < (8, 0)
 
 
 class Attention(nn.Module):
@@ -204,7 +207,7 @@ class Attention(nn.Module):
         H = config.n_heads
         K = config.n_kv_heads
         D = config.head_dim
-        # one product makes q, k and v of all heads; with grouped queries (K < H), H / K heads share one k and one v
+        # one matmul makes q, k and v of all heads; with grouped queries (K < H), H / K heads share one k and one v
         self.n_heads = [H, K, K]
         self.head_dim = D
         self.qkv = nn.Linear(config.dim, (H + 2 * K) * D, config.qkv_bias)
@@ -239,7 +242,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer 2020, eq. 6)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matmul (Shazeer 2020, eq. 6)."""
 
     def __init__(self, dim, hidden_dim):
         super().__init__()
@@ -250,110 +253,6 @@ class FeedForward(nn.Module):
         # each token by itself: what attention has gathered is looked up in the weights, where a model keeps its facts
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                # (..., hidden_dim) each
         return self.down(F.silu(gate) * up)
-
-
-class MoE(nn.Module):
-    """Mixture of experts after DeepSeek-V3 (eq. 12-16): sigmoid scores, the best k by score + bias, weights from the
-    score alone; the bias balances the load without touching the gradient (arXiv 2408.15664). Layout as Glm4Moe."""
-
-    def __init__(self, config):
-        super().__init__()
-        E = config.n_experts
-        W = config.expert_hidden_dim
-        self.k = config.n_active_experts
-        self.scale = config.route_scale
-        self.router = nn.Linear(config.dim, E, bias=False)
-        # all experts' matrices lie in one tensor; expert i is gate_up[i], down[i], a FeedForward of width W
-        self.gate_up = nn.Parameter(torch.empty(E, config.dim, 2 * W))
-        self.down = nn.Parameter(torch.empty(E, W, config.dim))
-        # experts that every token passes are one wider FeedForward
-        self.shared = None
-        if config.n_shared_experts:
-            self.shared = FeedForward(config.dim, W * config.n_shared_experts)
-        self.register_buffer("bias", torch.zeros(E))
-        self.register_buffer("load", torch.zeros(E), persistent=False)  # tokens an expert got since the last update
-
-    def forward(self, x):
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])                                               # (N, C)
-        # route: k experts a token. In fp32, so that near-ties do not depend on how bf16 rounds
-        with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.router.weight.float()).sigmoid()     # (N, E)
-        # the bias decides who is asked, not how much the answer weighs: no gradient goes through it
-        chosen = (scores + self.bias).topk(self.k, dim=-1).indices                 # (N, k)
-        weights = scores.gather(1, chosen)
-        total = weights.sum(-1, keepdim=True) + 1e-20
-        weights = weights / total * self.scale
-        # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block
-        expert = chosen.view(-1)
-        order = expert.argsort(stable=True)
-        experts = torch.arange(len(self.bias), device=x.device)
-        count = (expert[:, None] == experts).sum(0)                                # (E)
-        if self.training:
-            self.load += count
-        # one grouped product for all experts: block i of the rows times matrix i
-        block_ends = count.cumsum(0).to(torch.int32)
-        dtype = product_dtype(x)
-        rows = x[order // self.k].to(dtype)                                        # (N*k, C)
-        both = grouped_product(rows, self.gate_up.to(dtype), block_ends)           # (N*k, 2W)
-        gate, up = both.chunk(2, dim=-1)
-        y = grouped_product(F.silu(gate) * up, self.down.to(dtype), block_ends)    # (N*k, C)
-        # back in the order of the tokens, and each token's k answers added up
-        y = y[order.argsort()].view(-1, self.k, shape[-1])                         # (N, k, C)
-        y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)                         # (N, C)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y.view(shape)
-
-
-@torch.library.custom_op("mingyue::grouped_product", mutates_args=())
-def grouped_product(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    block_ends: torch.Tensor
-) -> torch.Tensor:
-    """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i].
-
-    F.grouped_mm as an operation of our own: torch.compile refuses it for fp32 and fp16, though it computes them well.
-    """
-    return F.grouped_mm(x, weights, offs=block_ends)
-
-
-@torch.library.custom_op("mingyue::grouped_outer", mutates_args=())
-def grouped_outer(
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    block_ends: torch.Tensor
-) -> torch.Tensor:
-    """x (N, C), grad (N, W) -> (E, C, W): the gradient of each block's matrix, x.T grad over the rows of the block."""
-    return F.grouped_mm(x.T, grad, offs=block_ends)
-
-
-# What the compiler must know of an operation that it cannot look into: the shape of the result, and the gradient.
-@grouped_product.register_fake
-def _(x, weights, block_ends):
-    return x.new_empty(x.size(0), weights.size(2))
-
-
-@grouped_outer.register_fake
-def _(x, grad, block_ends):
-    return x.new_empty(block_ends.size(0), x.size(1), grad.size(1))
-
-
-def save_for_grouped_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def grouped_backward(ctx, grad):
-    # y = x W in each block, hence dx = dy W' and dW = x' dy
-    x, weights, block_ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_x = grouped_product(grad, weights.transpose(1, 2), block_ends)
-    grad_weights = grouped_outer(x, grad, block_ends)
-    return grad_x, grad_weights, None
-
-
-grouped_product.register_autograd(grouped_backward, setup_context=save_for_grouped_backward)
 
 
 class Block(nn.Module):
@@ -396,7 +295,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
-            # gains stay 1; products that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is
+            # norm weights stay 1; matmuls that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is
             # the sum of 2 n_layers of them
             std = 0.02
             if "attn.out" in name or "down" in name:
@@ -453,27 +352,6 @@ class Transformer(nn.Module):
                 module.bias += rate * missing.sign()
                 module.load.zero_()
 
-    def count(self):
-        """Return (all parameters, parameters that multiply a token): without the input embedding and idle experts."""
-        total = sum(p.numel() for p in self.parameters())
-        active = total
-        if self.lm_head is not None:
-            # an embedding is looked up; only where it is the head as well does it multiply
-            active -= self.embed.weight.numel()
-        for module in self.modules():
-            if isinstance(module, MoE):
-                # a token asks k of its E experts
-                routed = module.gate_up.numel() + module.down.numel()
-                active -= routed - routed * module.k // len(module.bias)
-        return total, active
-
-    def flops_per_token(self, T):
-        """Training FLOPs a token: 6 a parameter, and causal attention's two products over T/2 keys on average."""
-        # a parameter costs a multiplication and an addition forward, and twice as much backward (PaLM, appendix B)
-        c = self.config
-        attention = c.n_layers * c.n_heads * c.head_dim * T
-        return 6 * (self.count()[1] + attention)
-
 
 class ScalarModel(nn.Module):
     """The same trunk with a scalar a token instead of the vocabulary: scores of a reward model, values of a critic."""
@@ -494,3 +372,74 @@ class ScalarModel(nn.Module):
         x = self.trunk(ids, docs)                                                  # (B, T, C)
         with torch.autocast(x.device.type, enabled=False):  # a score in bf16 has but eight bits
             return self.head(x.float()).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------- optional: mixture of experts
+
+
+class MoE(nn.Module):
+    """Mixture of experts after DeepSeek-V3 (eq. 12-16): sigmoid scores, the best k by score + bias, weights from the
+    score alone; the bias balances the load without touching the gradient (arXiv 2408.15664). Layout as Glm4Moe."""
+
+    def __init__(self, config):
+        super().__init__()
+        E = config.n_experts
+        W = config.expert_hidden_dim
+        self.k = config.n_active_experts
+        self.scale = config.route_scale
+        self.router = nn.Linear(config.dim, E, bias=False)
+        # all experts' matrices lie in one tensor; expert i is gate_up[i], down[i], a FeedForward of width W
+        self.gate_up = nn.Parameter(torch.empty(E, config.dim, 2 * W))
+        self.down = nn.Parameter(torch.empty(E, W, config.dim))
+        # experts that every token passes are one wider FeedForward
+        self.shared = None
+        if config.n_shared_experts:
+            self.shared = FeedForward(config.dim, W * config.n_shared_experts)
+        self.register_buffer("bias", torch.zeros(E))
+        self.register_buffer("load", torch.zeros(E), persistent=False)  # tokens an expert got since the last update
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])                                               # (N, C)
+        # route: k experts a token. In fp32, so that near-ties do not depend on how bf16 rounds
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.router.weight.float()).sigmoid()     # (N, E)
+        # the bias decides which experts get a token, not how much their outputs weigh: no gradient goes through it
+        chosen = (scores + self.bias).topk(self.k, dim=-1).indices                 # (N, k)
+        weights = scores.gather(1, chosen)
+        if self.k > 1:
+            # of a single expert the weight would be w / w = 1, and the router would get no gradient
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.scale
+        # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block
+        expert = chosen.view(-1)
+        order = expert.argsort(stable=True)
+        experts = torch.arange(len(self.bias), device=x.device)
+        count = (expert[:, None] == experts).sum(0)                                # (E)
+        if torch.is_grad_enabled():
+            self.load += count
+        # one grouped matmul for all experts: block i of the rows times matrix i
+        block_ends = count.cumsum(0).to(torch.int32)
+        dtype = matmul_dtype(x)
+        rows = x[order // self.k].to(dtype)                                        # (N*k, C)
+        both = grouped_matmul(rows, self.gate_up.to(dtype), block_ends)           # (N*k, 2W)
+        gate, up = both.chunk(2, dim=-1)
+        y = grouped_matmul(F.silu(gate) * up, self.down.to(dtype), block_ends)    # (N*k, C)
+        # back in the order of the tokens, and each token's k outputs added up
+        y = y[order.argsort()].view(-1, self.k, shape[-1])                         # (N, k, C)
+        y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)                         # (N, C)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y.view(shape)
+
+
+def grouped_matmul(x, weights, block_ends):
+    """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i]."""
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weights, offs=block_ends)
+    return uncompiled_grouped_matmul(x, weights, block_ends)
+
+
+@torch.compiler.disable  # the compiler refuses it in fp32 and fp16, though it computes them well
+def uncompiled_grouped_matmul(x, weights, block_ends):
+    return F.grouped_mm(x, weights, offs=block_ends)

@@ -32,7 +32,6 @@ import threading
 import time
 from typing import Literal
 
-# first, as it says how to install what is missing
 from configurator import Count, Share, Whole, changed, check, run
 
 import numpy as np
@@ -338,20 +337,16 @@ def main(cfg):
     if cfg.show and not cfg.input and os.path.exists(os.path.join(folder, "meta.json")):
         show(folder, cfg.show)
         return
-    also = ()
     if not cfg.input:
         from recipes.poems import RECIPES  # only here, as it needs more packages
         check(cfg.name in RECIPES, f"no --input given, and no recipe is named {cfg.name!r} (but {', '.join(RECIPES)}). "
               f"Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
         recipe = RECIPES[cfg.name]
-        also = recipe.also
         unset = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
         written = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry})
         cfg = dataclasses.replace(cfg, kind=recipe.kind, input=written, **unset)
     report(prepare(cfg))
     show(folder, cfg.show or 3)
-    for name in also:
-        main(Config(name, poetry=cfg.poetry, tokenizer=folder, workers=cfg.workers))
 
 
 if __name__ == "__main__":

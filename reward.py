@@ -15,20 +15,22 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-# first, as it says how to install what is missing
-from configurator import Count, NonNegative, Positive, Whole, run
-
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
-from common import (
-    all_sum, batch_starts, finish, load_model,
-    log, lr_at, make_optimizers, micro_steps,
-    no_grad_eval, optimizer_step, parallel, resume,
-    save, set_lr, start)
-from data import get_prompts, open_pairs, shuffled
-from loss import score_answers
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.data import get_prompts, open_pairs, shuffled
+from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
+from common.loss import score_answers
+from common.optim import lr_at, make_adamw, set_lr
+from configurator import Count, NonNegative, Positive, Whole, run
 from model import ScalarModel
+
+STAGE = "reward"
+# a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
+SAME = ("seed", "data_dir", "init_from", "centre")
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Config:
     max_steps: Count = 500
     lr: Positive = 3e-5
     min_lr: NonNegative = 3e-6     # at the last step
-    warmup_steps: Whole = 20
+    warmup_steps: Whole = 0        # 0: a tenth of the run, at most 100
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0   # 0: no clipping
     # every eval_every steps: loss and accuracy on held-out prompts, a checkpoint
@@ -56,7 +58,7 @@ class Config:
     log_every: Count = 1
     # machine
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bf16 where it is fast
     seed: Whole = 1234
 
 
@@ -106,19 +108,18 @@ def pair_stats(scores, sizes):
         torch.ones_like(lead).sum()])
 
 
+@torch.no_grad()
 def evaluate(model, split, cfg, pad_id, env):
     """Return (mean loss, share of pairs in the right order) on held-out prompts, shared among the processes."""
     n_prompts = min(cfg.eval_prompts, len(split.prompt_bounds()) - 1)
     loss = torch.zeros((), device=env.device)
     stats = torch.zeros(3, device=env.device)
-    with no_grad_eval(model):
-        for first in batch_starts(n_prompts, cfg.batch_size, env):
-            end = min(first + cfg.batch_size, n_prompts)
-            prompts = range(first, end)
-            batch, sizes = get_prompts(split, prompts, pad_id, env.device)
-            scores = score_answers(model, batch, env)                              # (R)
-            loss += ranking_loss(scores, sizes, cfg.centre).sum()
-            stats += pair_stats(scores, sizes)
+    for first in batch_starts(n_prompts, cfg.batch_size, env):
+        prompts = range(first, min(first + cfg.batch_size, n_prompts))
+        batch, sizes = get_prompts(split, prompts, pad_id, env.device)
+        scores = score_answers(model, *batch, env)                                 # (R)
+        loss += ranking_loss(scores, sizes, cfg.centre).sum()
+        stats += pair_stats(scores, sizes)
     # sums first, quotients last: batches hold different numbers of prompts and pairs
     loss, right, _, pairs = all_sum([loss, *stats], env)
     return loss / n_prompts, right / pairs
@@ -126,45 +127,50 @@ def evaluate(model, split, cfg, pad_id, env):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
-    env = start(cfg)
+    # one process per GPU, each with its share of a step's micro-steps
+    env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
     # a model that writes answers also knows what they say: keep all of it but the head over the vocabulary, and put a
     # head with one output in its place
     base, tokenizer, _ = load_model(cfg.init_from)
-    pad_id = tokenizer.pad_id
     model = ScalarModel(base.config)
-    trunk = base.state_dict()
-    trunk.pop("lm_head.weight", None)
-    model.trunk.load_state_dict(trunk, strict=True)
-    # without centring the loss sees differences alone, and a bias would learn nothing but rounding
+    weights = base.state_dict()
+    weights.pop("lm_head.weight", None)
+    model.trunk.load_state_dict(weights, strict=True)
+    del base, weights
+    # pairs see differences alone, where a bias cancels out: without the centre its gradient would be rounding noise
     model.head.bias.requires_grad_(cfg.centre > 0)
-    model = model.to(env.device)
-    net = parallel(model, env)  # model, plus the exchange of gradients between processes
+    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    net = model.to(env.device)
+    if env.world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ data
-    train, val, _ = open_pairs(cfg.data_dir, tokenizer.fingerprint, base.config.max_seq_len)
+    train, val, _ = open_pairs(cfg.data_dir, tokenizer.fingerprint, model.config.max_seq_len)
     n_prompts = len(train.prompt_bounds()) - 1
-    del base
 
     # ------------------------------------------------------------------------ optimizer
-    optimizers = make_optimizers(model, cfg)
-    # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
-    step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
-    if env.main:
+    optimizer = make_adamw(model.parameters(), cfg.lr, cfg.weight_decay)
+
+    # ------------------------------------------------------------------------ run folder
+    own(cfg, env, cfg.init_from)
+    catch_signals(env)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizer's state, its step
+    step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, [optimizer], env)
+    trim_log(cfg, env, step)
+    if env.is_main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_prompts:,} prompts with {len(train):,} "
               f"answers, {epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop
-    model.train()
     while step < cfg.max_steps:
-        # warm up, then come down, as in pretrain.py
+        # warm up, then come down
         began = time.perf_counter()
         lr = lr_at(step, cfg)
-        set_lr(optimizers, lr / cfg.lr)
+        set_lr([optimizer], lr / cfg.lr)
 
         # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
         loss = torch.zeros((), device=env.device)
@@ -173,44 +179,50 @@ def main(cfg):
             first = (step * cfg.grad_accum + i) * cfg.batch_size
             # a prompt comes with all its answers: they are compared with each other, never with those to another
             prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
-            batch, sizes = get_prompts(train, prompts, pad_id, env.device)
+            batch, sizes = get_prompts(train, prompts, tokenizer.pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             # forward: score every answer alone, then compare those to one prompt
-            scores = score_answers(net, batch, env)                                # (R), the answers of all prompts
+            scores = score_answers(net, *batch, env)                               # (R), the answers of all prompts
             micro_loss = ranking_loss(scores, sizes, cfg.centre).mean()
             # backward: the mean over micro-steps; the scaler matters in fp16 alone
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
             stats += pair_stats(scores, sizes)
 
+        # clip
+        env.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        check_finite(norm, cfg, env)
+        # step, and make room for the next gradients
+        env.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        env.scaler.update()
+        step += 1
+
         # sums over all processes, and whether one of them was asked to stop
         loss, right, lead, pairs, stop = all_sum([loss, *stats, len(env.signals)], env)
-        norm = optimizer_step(model, optimizers, cfg, env)
-        step += 1
-        seconds = time.perf_counter() - began
-
-        # measure on held-out prompts now and then, and at the end
         record = {
             "loss": loss,
             "accuracy": right / pairs,
             "lead": lead / pairs,
             "lr": lr,
             "norm": norm,
-            "seconds": seconds}
-        last = step == cfg.max_steps
-        measure = last or step % cfg.eval_every == 0
+            "seconds": time.perf_counter() - began}
+
+        # measure on held-out prompts now and then, and at the end
+        measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and len(val):
             # ranked answers are few and soon known by heart: PPO should score with best.pt if val_loss rises again
-            record["val_loss"], record["val_accuracy"] = evaluate(model, val, cfg, pad_id, env)
+            record["val_loss"], record["val_accuracy"] = evaluate(model, val, cfg, tokenizer.pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
         # best.pt is the lowest validation loss, ckpt.pt the place from which the same command goes on
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
-            save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("best.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=best_val)
         if measure or stop:
-            save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=best_val)
         if stop:
             break
     finish(cfg, env, step)

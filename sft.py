@@ -20,23 +20,24 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-# first, as it says how to install what is missing
-from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
-
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
-from common import (
-    all_sum, batch_starts, compile_blocks, finish,
-    load_model, log, lr_at, make_optimizers,
-    micro_steps, no_grad_eval, optimizer_step, parallel,
-    resume, save, set_lr, start)
-from data import open_data
-from generate import generate
-from lora import start_lora
-from loss import cross_entropy, distillation_loss
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.data import open_data
+from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, shard_model, start
+from common.lora import start_lora
+from common.loss import cross_entropy, distillation_loss
+from common.optim import lr_at, make_optimizers, set_lr
+from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
 from tokenizer import render_chat
+
+STAGE = "sft"
+# a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
+SAME = ("seed", "data_dir", "init_from", "seq_len", "optimizer", "teacher")
 
 
 @dataclass
@@ -46,14 +47,13 @@ class Config:
     init_from: str = "out/poems"   # run folder or checkpoint file whose weights and tokenizer we start from
     out_dir: str = "out/sft"
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
-    # adapters (lora.py)
+    # adapters (common/lora.py)
     lora_rank: Whole = 0           # 0: train all weights
     lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # distillation (Hinton et al. 2015)
     teacher: str = ""              # a run with the same tokenizer, whose probabilities are learned beside the data
     teacher_weight: Share = 0.5    # of that part of the loss, from 0 to 1
-    teacher_temperature: Positive = 1.0  # of both models in it
     # batch: a step sees batch_size * grad_accum rows, whatever the number of processes
     seq_len: Whole = 0             # tokens in a row; 0: all the model can see
     batch_size: Count = 16         # rows in a micro-step
@@ -64,9 +64,9 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 3e-4
     min_lr: NonNegative = 3e-5     # at the last step
-    adam_lr: NonNegative = 0.0     # muon: of embeddings, head and gains, which stay with AdamW; 0: lr
+    adam_lr: NonNegative = 0.0     # muon: of embeddings, head and norm weights, which stay with AdamW; 0: lr
     momentum: Fraction = 0.95      # muon
-    warmup_steps: Whole = 20
+    warmup_steps: Whole = 0        # 0: a tenth of the run, at most 100
     decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0   # 0: no clipping
@@ -77,10 +77,20 @@ class Config:
     log_every: Count = 1
     # machine
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bf16 where it is fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bf16 where it is fast
     compile: bool = True
     shard: bool = False            # split the model among the processes (FSDP2); it prints no answers
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "teacher_weight": "teacher",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
+    "adam_lr": "optimizer=muon",
+    "momentum": "optimizer=muon",
+    "epochs": "max_steps=0"}
 
 
 def pack(lengths, T, *seed):
@@ -111,7 +121,7 @@ def pack(lengths, T, *seed):
     return [rows[r] for r in rng.permutation(len(rows))]  # early rows are the fullest
 
 
-def get_batch(split, rows, T, pad_id, env):
+def get_batch(split, rows, T, pad_id, device):
     """Rows of conversations -> inputs, targets, mask (1 where the target is learned), docs, each (B, T).
 
     Every conversation is shifted inside itself, so its last token predicts nothing. docs numbers the conversations of a
@@ -136,67 +146,73 @@ def get_batch(split, rows, T, pad_id, env):
             docs[b, place] = number
             start = place.stop
     batch = (ids, targets, mask, docs)
-    return [torch.from_numpy(array).to(env.device) for array in batch]
+    return [torch.from_numpy(array).to(device) for array in batch]
 
 
+@torch.no_grad()
 def evaluate(model, split, rows, cfg, pad_id, env):
-    """Return nats a learned token; rows are shared among the processes."""
+    """Return nats per learned token; rows are shared among the processes."""
     nats = torch.zeros((), device=env.device)
     count = 0
-    with no_grad_eval(model), env.autocast():
-        for first in batch_starts(len(rows), cfg.batch_size, env, even=True):
-            part = rows[first:first + cfg.batch_size]
-            # always whole batches, filled up with empty rows: one shape to compile
-            missing = cfg.batch_size - len(part)
-            part = part + [[]] * missing
-            x, y, mask, docs = get_batch(split, part, cfg.seq_len, pad_id, env)
+    for first in batch_starts(len(rows), cfg.batch_size, env, pad=True):
+        part = rows[first:first + cfg.batch_size]
+        # always whole batches, filled up with empty rows: one shape to compile
+        part = part + [[]] * (cfg.batch_size - len(part))
+        x, y, mask, docs = get_batch(split, part, cfg.seq_len, pad_id, env.device)
+        with env.autocast():
             nats += cross_entropy(model(x, docs), model.head_weight, y, mask)
-            count += mask.sum()
+        count += mask.sum()
     # sums first, the quotient last: batches hold different numbers of learned tokens
     nats, count = all_sum([nats, count], env)
     return nats / max(count, 1)
 
 
+@torch.no_grad()
 def print_answers(model, tokenizer, cfg, env):
-    """Print the greedy answer to each of the fixed questions."""
-    room = model.config.max_seq_len
+    """Print the answer to each of the fixed questions: token by token the likeliest, made in the plainest way
+    (common/generate.py does the same faster, with a cache)."""
     for question in filter(None, cfg.questions.split("|")):
-        turns = [{"role": "user", "content": question}]
-        prompt, _ = render_chat(tokenizer, turns, add_generation_prompt=True)
-        if len(prompt) >= room:
-            print(f"question: {question[:20]}… has {len(prompt)} tokens, the model sees {room}")
-            continue
-        with no_grad_eval(model), env.autocast():
-            answer = generate(
-                model,
-                [prompt],
-                min(64, room - len(prompt)),
-                temperature=0,
-                stop_ids=[tokenizer.im_end_id, tokenizer.eot_id])[0]
-        print(f"question: {question}\n  answer: {tokenizer.decode(answer, skip_special=True)}", flush=True)
+        ids, _ = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        begin = len(ids)
+        with env.autocast(), torch.compiler.set_stance("force_eager"):  # no compiling for every new length
+            for _ in range(min(64, cfg.seq_len - begin)):
+                hidden = model(torch.tensor([ids], device=env.device))             # (1, T, C)
+                ids.append(model.logits(hidden[0, -1]).argmax().item())
+                if ids[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
+                    break
+        print(f"question: {question}\n  answer: {tokenizer.decode(ids[begin:], skip_special=True)}", flush=True)
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # the same as in pretrain.py: a process a GPU, each with its share of a step's micro-steps
-    env = start(cfg)
+    # one process per GPU, each with its share of a step's micro-steps
+    env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
     # what it knows of the language, pretraining has taught it; this stage gives it the habit of answering
-    model, tokenizer, _ = load_model(cfg.init_from)
+    model, tokenizer, base = load_model(cfg.init_from)
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
-        start_lora(model, cfg)
+        start_lora(model, cfg, base["model"])
+    del base
     teacher = None
     if cfg.teacher:
         # another model, whose probabilities say more than the one token that stands in the text
         teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
-        check(
-            teacher_tokenizer.fingerprint == tokenizer.fingerprint,
-            f"teacher={cfg.teacher} has another tokenizer than {cfg.init_from}: their probabilities cannot be compared")
-    compile_blocks(model, cfg, env)
-    net = parallel(model, env, cfg.shard)  # model, plus the exchange of gradients between processes
+        check(teacher_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer "
+              f"than {cfg.init_from}: their probabilities cannot be compared")
+    compiled = cfg.compile and can_compile(env)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    if cfg.shard and env.world > 1:
+        net = shard_model(model, env)
+    else:
+        net = model.to(env.device)
+        if env.world > 1:
+            net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "sft", tokenizer.fingerprint)
@@ -220,29 +236,33 @@ def main(cfg):
         # every epoch is packed anew, from (seed, epoch) alone
         rows += pack(lengths, cfg.seq_len, cfg.seed, epoch)
         epoch += 1
-    val_lengths = np.diff(val.idx) - 1
-    val_rows = pack(val_lengths, cfg.seq_len, cfg.seed)[:cfg.eval_rows]
+    val_rows = pack(np.diff(val.idx) - 1, cfg.seq_len, cfg.seed)
+    val_used = sum(map(len, val_rows))
 
     # ------------------------------------------------------------------------ optimizer
-    optimizers = make_optimizers(model, cfg)
+    optimizers = make_optimizers(model, cfg, env)
+
+    # ------------------------------------------------------------------------ run folder
+    own(cfg, env, cfg.init_from)
+    catch_signals(env)
     # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
-    step, best_val, _ = resume(cfg, env, model, optimizers, tokenizer)
-    if env.main:
+    step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, optimizers, env)
+    trim_log(cfg, env, step)
+    if env.is_main:
         n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         epochs = cfg.max_steps * rows_a_step / rows_an_epoch
         n_tokens = lengths[used].sum()
         padding = 1 - n_tokens / (rows_an_epoch * cfg.seq_len)
         print(f"{n_learning:,} parameters learn, {cfg.max_steps:,} steps of {rows_a_step} rows = {epochs:.2f} epochs "
               f"of {cfg.data_dir}\n{len(used):,} conversations ({len(train) - len(used):,} longer than a row left "
-              f"out); {learned[used].sum() / n_tokens:.1%} of their tokens are learned, {padding:.1%} of positions are "
-              "padding")
+              f"out, held-out {len(val) - val_used:,}); {learned[used].sum() / n_tokens:.1%} of their tokens are "
+              f"learned, {padding:.1%} of positions are padding")
 
     # ------------------------------------------------------------------------ loop
-    model.train()
     while step < cfg.max_steps:
-        # warm up, then come down, as in pretrain.py
+        # warm up, then come down
         began = time.perf_counter()
-        lr = lr_at(step, cfg)
+        lr = lr_at(step, cfg, cfg.decay_steps)
         set_lr(optimizers, lr / cfg.lr)
 
         # the loss is a mean over the learned tokens of all micro-steps and processes: count them first
@@ -255,69 +275,64 @@ def main(cfg):
         loss = torch.zeros((), device=env.device)
         for i in micro:
             part = step_rows[i * cfg.batch_size:(i + 1) * cfg.batch_size]
-            x, y, mask, docs = get_batch(train, part, cfg.seq_len, tokenizer.pad_id, env)    # each (B, T)
+            x, y, mask, docs = get_batch(train, part, cfg.seq_len, tokenizer.pad_id, env.device)    # each (B, T)
             net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
             # forward: the questions are read, but only the mask's tokens, the answers, are learned
+            weights = mask / n_learned
             with env.autocast():
                 hidden = net(x, docs)                                              # (B, T, C)
-                weights = mask / n_learned
-                micro_loss = cross_entropy(
-                    hidden,
-                    model.head_weight,
-                    y,
-                    weights,
-                    cfg.compile)
+                micro_loss = cross_entropy(hidden, model.head_weight, y, weights, compiled)
                 if teacher:
                     # distillation: learn how likely the teacher finds every token, not only which one stands here
                     with torch.no_grad():
                         teacher_hidden = teacher(x, docs)
                     divergence = distillation_loss(
-                        hidden,
-                        model.head_weight,
-                        teacher_hidden,
-                        teacher.head_weight,
-                        weights,
-                        cfg.teacher_temperature)
+                        hidden, model.head_weight, teacher_hidden, teacher.head_weight, weights)
                     micro_loss = torch.lerp(micro_loss, divergence, cfg.teacher_weight)
             # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()
             loss += micro_loss.detach()
 
-        # the loss of all processes, and whether one of them was asked to stop
-        loss, stop = all_sum([loss, len(env.signals)], env)
-        norm = optimizer_step(model, optimizers, cfg, env)
+        # clip
+        for optimizer in optimizers:
+            env.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        check_finite(norm, cfg, env)
+        # step, and make room for the next gradients
+        for optimizer in optimizers:
+            if math.isfinite(norm):
+                env.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        env.scaler.update()
         # the load of the experts is kept even by a rule; under adapters the router stays as it was
         if model.config.n_experts and not cfg.lora_rank:
             model.update_router_bias(0.01 * lr / cfg.lr, dist.all_reduce if env.world > 1 else None)
         step += 1
+
+        # the loss of all processes, and whether one of them was asked to stop
+        loss, stop = all_sum([loss, len(env.signals)], env)
         seconds = time.perf_counter() - began
+        record = {"loss": loss, "lr": lr, "norm": norm, "tok/s": n_tokens / seconds, "seconds": seconds}
 
         # measure on held-out conversations now and then, and at the end
-        record = {
-            "loss": loss,
-            "lr": lr,
-            "norm": norm,
-            "tok/s": n_tokens / seconds,
-            "seconds": seconds}
-        last = step == cfg.max_steps
-        measure = last or step % cfg.eval_every == 0
+        measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and val_rows:
             # it rises again when answers are learned by heart: then best.pt is the run's best
-            record["val_loss"] = evaluate(model, val, val_rows, cfg, tokenizer.pad_id, env)
+            record["val_loss"] = evaluate(model, val, val_rows[:cfg.eval_rows], cfg, tokenizer.pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
-        # save first, look at answers afterwards: what is only looked at must not cost the run
+        # save before sampling: sampling may fail, and must not cost the steps
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
-            save("best.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("best.pt", STAGE, cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
         if measure or stop:
-            save("ckpt.pt", cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
+            save("ckpt.pt", STAGE, cfg, env, step, model, optimizers, tokenizer, best_val=best_val)
         if stop:
             break
-        if measure and env.main and not cfg.shard:
+        if measure and env.is_main and not cfg.shard:
             print_answers(model, tokenizer, cfg, env)
-    finish(cfg, env, step, f"Try: python sample.py --chat=True --out_dir={cfg.out_dir}")
+    finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 
 if __name__ == "__main__":

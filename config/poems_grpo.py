@@ -1,7 +1,7 @@
 # GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model
 # and no critic: eight answers to each title are compared with each other.
 #   python prepare.py poems-prompts
-#   python ppo.py config/poems_grpo.py           (2 cores, fp32: 7 minutes)
+#   python grpo.py config/poems_grpo.py          (2 cores, fp32: 7 minutes)
 # Rhymes 11 -> 48 % of the poems of the right form, and little else is lost (README.md).
 data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import check
-from data import collate
-from loss import answer_logps
+from common.data import pad
+from common.loss import answer_logps
 
 LETTERS = "ABCD"
 
@@ -32,7 +32,7 @@ def logps_of(model, documents, pad_id, env):
     # token is predicted only, never read
     room = model.config.max_seq_len + 1
     documents = [(ids[-room:], mask[-room:]) for ids, mask in documents]
-    return answer_logps(model, collate(documents, pad_id, env.device), env)
+    return answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env)
 
 
 # ---------------------------------------------------------------------------- minimal pairs

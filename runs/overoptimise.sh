@@ -6,4 +6,4 @@ source "$(dirname "$0")/setup.sh" requirements-dev.txt
 trap 'exit 130' INT
 python ppo.py config/poems_ppo.py --out_dir=out/poems-overopt --kl_coef=0 --lr=3e-4 --min_lr=3e-4 --max_steps=100 "$@"
 python -m tools.plot out/poems-overopt --x="sqrt(kl)" --y=score,watched,entropy --smooth=3 --out=out/overoptimise.png
-python evaluate.py poems --runs=out/poems-sft,out/poems-ppo,out/poems-overopt
+python -m tools.evaluate poems --runs=out/poems-sft,out/poems-ppo,out/poems-overopt

@@ -11,7 +11,6 @@ prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
 
 say "1. data: poems, a novel, idioms, riddles"
 prepare poems
-prepare poems-famous  # already there, unless the line above was interrupted
 
 say "2. pretraining"
 python pretrain.py config/poems.py "$@"
@@ -21,7 +20,7 @@ say "3. instruction tuning"
 prepare poems-sft
 python sft.py config/poems_sft.py "$@"
 printf '“守株待兔”是什么意思？\n它出自哪里？\n请举一个例子。\n' |
-    python sample.py --chat=True --out_dir=out/poems-sft --max_new_tokens=96 --temperature=0.7
+    python sample.py --chat --out_dir=out/poems-sft --max_new_tokens=96 --temperature=0.7
 
 say "4. preferences and the reward model"
 prepare poems-prompts
@@ -30,7 +29,7 @@ if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand betw
     rm -r data/poems-pairs
     samples=data/raw/poems-pairs-samples.jsonl
     if [ -s data/raw/poems-pairs-ask/prompts.jsonl ]; then  # empty without poems
-        python sample.py --chat=True --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
+        python sample.py --chat --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
             --temperature=1 --max_new_tokens=96 --batch_size=256 > $samples.part
         mv $samples.part $samples
     fi
@@ -45,6 +44,6 @@ say "6. DPO"
 python dpo.py config/poems_dpo.py
 
 say "7. all of them side by side, on poems and idioms that none has seen"
-python evaluate.py poems
+python -m tools.evaluate poems
 python -m tools.plot quickstart
-say "done. Talk to it: .venv/bin/python sample.py --chat=True --out_dir=out/poems-ppo   (curves: out/quickstart.png)"
+say "done. Talk to it: .venv/bin/python sample.py --chat --out_dir=out/poems-ppo   (curves: out/quickstart.png)"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
 from model import ModelConfig, Transformer
 from tokenizer import render_chat, train_tokenizer
@@ -73,7 +73,7 @@ def completions(tok, i, K):
 def write_uneven(folder, tok):
     """160 prompts, of which the 80 of the first micro-step of batch_size 80 have long answers, the others short ones:
     the first need several forward passes of 4,096 tokens, the others one."""
-    from data import shuffled
+    from common.data import shuffled
     long = set(shuffled(160, 0, 80, 1234).tolist())
     prompts = []
     for i in range(160):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import Env
+from common.distributed import Env
 from configurator import load_config
 from model import ModelConfig, Transformer
 from pairs import make_run, one_thread  # noqa: F401

@@ -22,10 +22,11 @@ import ppo
 import pretrain
 import reward
 import sft
-from common import (Env, Muon, all_sum, compile_blocks, load_checkpoint, load_model, lock, log, lr_at, make_optimizers,
-                    micro_steps, newest_run, no_grad_eval, optimizer_step, orthogonalise, parallel, peak_flops, resume,
-                    save, save_checkpoint, set_lr, start, trim_log)
-from loss import cross_entropy
+from common.UNKNOWN import compile_blocks, lock, no_grad_eval, optimizer_step, parallel, peak_flops, resume
+from common.checkpoint import load_checkpoint, load_model, log, newest_run, save, save_checkpoint, trim_log
+from common.distributed import Env, all_sum, micro_steps, start
+from common.optim import Muon, lr_at, make_optimizers, orthogonalize, set_lr
+from common.loss import cross_entropy
 from model import Transformer
 from tokenizer import train_tokenizer
 
@@ -112,7 +113,7 @@ def test_start_prints_what_was_changed(capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     env = start(pretrain.Config(device="cpu", dtype="float32", lr=0.5))
     out = capsys.readouterr().out
-    assert env.main and env.world == 1 and env.dtype == torch.float32 and env.device.type == "cpu"
+    assert env.is_main and env.world == 1 and env.dtype == torch.float32 and env.device.type == "cpu"
     assert "lr=0.5" in out and "device=cpu" in out and "weight_decay" not in out
     first = torch.rand(1)
     start(pretrain.Config(device="cpu"))
@@ -344,7 +345,7 @@ def test_a_checkpoint_cut_short_gets_one_sentence(tmp_path, tokenizer):
 # One process imports torch once and forks a child a size of the disk; each ends as a script would.
 FULL_DISK = """
 import os, resource, sys, torch
-from common import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from configurator import run
 from dataclasses import dataclass
 
@@ -583,7 +584,7 @@ def test_missing_checkpoint(tmp_path):
 # One process imports torch once and forks children; each saves two checkpoints in turn until it is killed.
 KILL_LOOP = """
 import os, random, signal, sys, time, torch
-from common import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 torch.set_num_threads(1)
 path, rounds = sys.argv[1], int(sys.argv[2])
 two = [{"step": step, "model": {f"w{i}": torch.full((30_000,), float(step)) for i in range(8)},
@@ -697,11 +698,11 @@ def with_singular_values(values, rows, columns):
 @pytest.mark.parametrize("rows, columns", [(32, 32), (16, 64), (64, 16), (96, 32), (1, 8)])
 @pytest.mark.parametrize("condition", [1, 10, 100])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_orthogonalise_against_an_svd(rows, columns, condition, size):
+def test_orthogonalize_against_an_svd(rows, columns, condition, size):
     """Singular values close to 1, directions those of U V'. Five steps leave them within 15 %."""
     values = size * torch.logspace(0, -math.log10(condition), min(rows, columns))
     x, wanted = with_singular_values(values, rows, columns)
-    got = orthogonalise(x[None])[0]
+    got = orthogonalize(x[None])[0]
     found = torch.linalg.svdvals(got)
     assert 0.85 < found.min() and found.max() < 1.15
     assert (got - wanted).norm() < 0.15 * wanted.norm()
@@ -710,13 +711,13 @@ def test_orthogonalise_against_an_svd(rows, columns, condition, size):
     assert (product - product.mT).norm() < 1e-3 * product.norm()
 
 
-def test_orthogonalise_many_at_once_and_nothing():
+def test_orthogonalize_many_at_once_and_nothing():
     x = torch.randn(5, 24, 8)
-    together = orthogonalise(x)
+    together = orthogonalize(x)
     assert together.shape == (5, 24, 8)
     for one, of_all in zip(x, together):
-        assert (orthogonalise(one[None])[0] - of_all).abs().max() < 1e-5
-    assert not orthogonalise(torch.zeros(2, 4, 4)).any()  # no gradient, no step, no NaN
+        assert (orthogonalize(one[None])[0] - of_all).abs().max() < 1e-5
+    assert not orthogonalize(torch.zeros(2, 4, 4)).any()  # no gradient, no step, no NaN
 
 
 def test_muon_multiplies_in_the_dtype_of_products():
@@ -781,7 +782,7 @@ def test_muon_treats_matrices_of_one_shape_as_if_alone():
 
 
 def test_muon_treats_the_matrices_in_one_parameter_as_if_apart():
-    """q, k, v lie in one matrix, gate and up in another; each is orthogonalised and stepped by itself."""
+    """q, k, v lie in one matrix, gate and up in another; each is orthogonalized and stepped by itself."""
     fused = torch.nn.Parameter(torch.randn(16, 6))
     apart = [torch.nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
     optimizers = [Muon([{"params": [fused], "parts": (8, 4, 4)}], lr=0.1, weight_decay=0.1),
@@ -1009,7 +1010,7 @@ def test_blocks_that_keep_little_can_be_compiled(kind, fresh_dynamo):
 
 def test_sampling_compiles_nothing(fresh_dynamo):
     """A sample between two steps of a compiled run: a graph for each length of the cache would take minutes."""
-    from generate import generate
+    from common.generate import generate
     model = random_model("llama_gqa", 1).train()
     for block in model.blocks:
         block.compile(backend="aot_eager")

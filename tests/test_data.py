@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import Env
-from data import Split, collate, get_prompts, mixed_rows, open_data, open_pairs, shuffled
+from common.distributed import Env
+from common.data import Split, collate, get_prompts, mixed_rows, open_data, open_pairs, shuffled
 
 
 def env_of(rank=0, world=1):

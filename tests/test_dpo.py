@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import dpo
-from common import Env, load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model
+from common.distributed import Env
 from configurator import load_config
-from data import collate, open_data, shuffled
-from loss import answer_logps
+from common.data import collate, open_data, shuffled
+from common.loss import answer_logps
 from oracles import random_model, twin
 from pairs import (assert_same, check_ten_and_ten, completions, flat_gradient, forget_run, gradient,  # noqa: F401
                    make_run, mean_nll, one_thread, place, read_log, run_in_two, run_with_a_break, write_folder,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-from common import Env, load_checkpoint, load_model, save_checkpoint
-from evaluate import Config, cell, minimal_pairs, share, table, text_bits, wilson
+from tools import evaluate
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
+from common.distributed import Env
+from tools.evaluate import Config, cell, minimal_pairs, share, table, text_bits, wilson
 from model import ModelConfig, ScalarModel, Transformer
 from pairs import make_run, one_thread, write_pairs  # noqa: F401
 from recipes import exams, poems_eval

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from oracles import KINDS, T, V, random_model, twin
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import generate as generate_file
-from generate import filter_logits, generate, pick
-from loss import cross_entropy, token_logps
+import common.generate as generate_file
+from common.generate import filter_logits, generate, pick
+from common.loss import cross_entropy, token_logps
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
 ONE_BELOW = 1 - 2 ** -24  # the largest float32 under 1

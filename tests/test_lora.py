@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
-import lora
+from common import lora
 import sft
-from common import adapters_of, load_checkpoint, load_model, merge_adapters
+from common.checkpoint import load_checkpoint, load_model
+from common.lora import adapters_of, merge_adapters
 from configurator import load_config
 from conftest import ROOT
-from loss import cross_entropy
+from common.loss import cross_entropy
 from model import ModelConfig, Transformer
 from pairs import check_ten_and_ten, forget_run
 from test_sft import check_resume, check_two_ranks, gradients, place, quick, run, settings  # noqa: F401 (fixtures)

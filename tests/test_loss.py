@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from oracles import C, T, V, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loss as loss_file
-from common import Env
-from data import Split, collate
-from loss import answer_logps, chunk_logps, chunk_size, cross_entropy, score_answers, text_loss, token_logps
+import common.loss as loss_file
+from common.distributed import Env
+from common.data import Split, collate
+from common.loss import answer_logps, chunk_logps, chunk_size, cross_entropy, score_answers, text_loss, token_logps
 from model import ModelConfig, ScalarModel, Transformer
 
 ALONE = Env(0, 1, torch.device("cpu"), torch.float32)
@@ -263,7 +263,7 @@ def some_answers():
 @pytest.mark.parametrize("rows_a_group", [1, 2, 6])
 def test_answer_logps_equal_a_loop_over_documents(monkeypatch, rows_a_group):
     """However rows are grouped by length: each answer's sum is that of the document alone."""
-    monkeypatch.setattr(loss_file, "like_lengths", lambda ends: ends.argsort().split(rows_a_group))
+    monkeypatch.setattr(loss_file, "length_buckets", lambda ends: ends.argsort().split(rows_a_group))
     model = random_model("llama_gqa", 6)
     documents = some_answers()
     wanted = []
@@ -292,9 +292,9 @@ def test_scores_are_read_at_the_last_learned_token():
         assert largest(score - alone) < 1e-5
 
 
-def test_like_lengths_limits_padding():
+def test_length_buckets_limits_padding():
     ends = torch.tensor([3000, 5, 2500, 5, 1200, 1100, 900, 5000])
-    groups = loss_file.like_lengths(ends)
+    groups = loss_file.length_buckets(ends)
     assert sorted(torch.cat(groups).tolist()) == list(range(8))
     for rows in groups:
         assert len(rows) == 1 or len(rows) * ends[rows].max() <= 4096

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from oracles import C, KINDS, T, V, config_of, random_model, twin
 
 import model as model_file
-from generate import generate
-from loss import cross_entropy, token_logps
+from common.generate import generate
+from common.loss import cross_entropy, token_logps
 from model import KVCache, MoE, ModelConfig, ScalarModel, Transformer, document_positions
 
 

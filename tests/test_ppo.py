@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import generate as generation
+import common.generate as generation
 import ppo
-from common import Env, adapters_of, load_checkpoint, load_model, save_checkpoint, weights_hash
-from data import Split, collate, shuffled
-from generate import generate
-from lora import add_lora
-from loss import token_logps
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
+from common.distributed import Env
+from common.lora import adapters_of, weights_hash
+from common.data import Split, collate, shuffled
+from common.generate import generate
+from common.lora import add_lora
+from common.loss import token_logps
 from model import ModelConfig, ScalarModel, Transformer
 from pairs import (assert_same, check_ten_and_ten, completions, flat_gradient, forget_run, gradient,  # noqa: F401
                    make_run, mean_nll, one_thread, read_log, run_in_two, run_with_a_break, write_folder)

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 import common
 import pretrain
-from common import Env, load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model
+from common.distributed import Env
 from configurator import load_config
-from data import Split, open_data
-from generate import generate
-from loss import cross_entropy
+from common.data import Split, open_data
+from common.generate import generate
+from common.loss import cross_entropy
 from model import ModelConfig, Transformer
 from pretrain import Config, get_batch
 from tokenizer import load_tokenizer, train_tokenizer

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import dpo
-import loss
+from common import loss
 import ppo
 import pretrain
 import reward
 import sft
-from common import load_checkpoint, load_model, save_checkpoint
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model import ModelConfig, ScalarModel
 from pairs import completions, forget_run, make_run, read_log, write_folder, write_pairs
 from ranks import run_in_ranks

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import reward
-from common import Env, load_checkpoint, load_reward_model
-from data import Split, get_prompts, open_data
-from loss import score_answers
+from common.checkpoint import load_checkpoint, load_reward_model
+from common.distributed import Env
+from common.data import Split, get_prompts, open_data
+from common.loss import score_answers
 from model import ModelConfig, ScalarModel
 from oracles import random_model, their_names
 from pairs import (assert_same, check_ten_and_ten, completions, one_thread, place, read_log, run_in_two,  # noqa: F401

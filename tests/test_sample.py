@@ -13,10 +13,11 @@ import sentencepiece
 import torch
 
 import sample
-from common import Env, load_checkpoint, load_model, save_checkpoint
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
+from common.distributed import Env
 from configurator import load_config
 from conftest import ROOT
-from generate import generate
+from common.generate import generate
 from pairs import make_run, one_thread  # noqa: F401
 from sample import Config, chat, complete, fit, main, stream
 from tokenizer import load_tokenizer, render_chat, train_tokenizer

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import sft
-from common import Env, load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.distributed import Env
 from configurator import changed
 from conftest import ROOT
-from data import Split, open_data
-from loss import cross_entropy
+from common.data import Split, open_data
+from common.loss import cross_entropy
 from model import ModelConfig, Transformer
 from pairs import check_ten_and_ten, forget_run, write_folder
 from tokenizer import render_chat, train_tokenizer

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 import common
-from common import Env, load_checkpoint, load_model
-from loss import cross_entropy
+from common.checkpoint import load_checkpoint, load_model
+from common.distributed import Env
+from common.loss import cross_entropy
 from model import ModelConfig, Transformer
 from ranks import run_in_ranks
 from test_pretrain import MOE, data, log_of, main, quiet_process, settings  # noqa: F401 (fixtures)

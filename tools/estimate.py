@@ -8,27 +8,26 @@ in: data/<name>/ for the size of the vocabulary. Nothing is written.
 """
 import torch
 
-from common import GPU_TFLOPS, start
+from tools.machine import GPU_TFLOPS, count, flops_per_token
+from common.distributed import start
 from configurator import run
-from data import open_data
-from loss import chunk_size
+from common.data import open_data
+from common.loss import chunk_size
 from model import Transformer
-from pretrain import Config, model_config, turn_dial
+from pretrain import Config, model_config
 
 
 def main(cfg):
-    env = start(cfg)
-    if cfg.depth:
-        turn_dial(cfg)
+    env = start(cfg, cfg.dtype)
     cfg.seq_len = cfg.seq_len or cfg.max_seq_len
     _, _, meta = open_data(cfg.data_dir, "text")
     # tensors on the meta device have a shape and no memory
     with torch.device("meta"):
         model = Transformer(model_config(cfg, meta["vocab_size"]))
-    total, active = model.count()
+    total, active = count(model)
     c = model.config
     tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
-    flops = model.flops_per_token(cfg.seq_len)
+    flops = flops_per_token(model, cfg.seq_len)
     # weights, gradients and two averages in fp32; Muon has one average, and copies of the matrices while it steps
     state = 16 * total
     # what the backward pass needs of a token in a block: inputs of its products, q, k, v before and after they are

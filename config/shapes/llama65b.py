@@ -1,6 +1,6 @@
 # 65 G parameters: the shape of LLaMA 65B (Touvron et al. 2023, table 2), its batch of 4 M tokens, 1.4 T tokens. On each
 # of sixteen machines with eight GPUs of 80 GB, HOST being one of them:
-# torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/llama65b.py
+# torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/shapes/llama65b.py
 # Never run by us. `tools.estimate`: 48 GiB a process on 64 GPUs; 390,000 GPU hours of H100: 127 days here.
 # At its start each process makes the whole model in the machine's memory: 8 * 243 GiB here.
 data_dir = "data/llama"

@@ -1,6 +1,6 @@
 # Mixture of experts beside a dense model of the same active size: dim 512, 8 layers; 16 routed experts of which a token
 # uses 3, and one shared. The dense twin is this file with --n_experts=0 --out_dir=out/moe-dense.
-#   python pretrain.py config/moe.py
+#   python pretrain.py config/shapes/moe.py
 # Not compared over a full run by us yet.
 data_dir = "data/poems"
 out_dir = "out/moe"

@@ -1,6 +1,6 @@
 # Short stories: 44 M parameters (6 layers x 512, vocabulary 6-7 thousand), for a corpus like TinyStories in Chinese.
 #   python prepare.py tinystories --input=YOUR_STORIES --vocab_size=6400
-#   torchrun --standalone --nproc_per_node=1 pretrain.py config/tinystories.py
+#   torchrun --standalone --nproc_per_node=1 pretrain.py config/shapes/tinystories.py
 # Not trained to its end by us yet.
 data_dir = "data/tinystories"
 out_dir = "out/tinystories"

@@ -5,6 +5,7 @@ How rows come off the disk: a data folder made by prepare.py, memory-mapped, and
     train.tokens[1000:1512]                  plain text is one long row of tokens
     train.document(7)                        (ids, mask): a conversation, an answer, a prompt
     shuffled(n, first, count, seed)          entries first ... of an endless shuffle of 0 ... n - 1
+    shift(*pad(documents, pad_id, device))   documents as a batch: inputs, targets, mask
 """
 import functools
 import json
@@ -15,6 +16,17 @@ import numpy as np
 import torch
 
 from configurator import check
+
+# The files of a data folder, {train,val}.NAME, by the kind of data:
+# bin    token ids, uint16 (uint32 when the vocabulary exceeds 65,536)
+# mask   uint8 a token: 1 where it counts in the loss
+# idx    int64 offsets, documents + 1: document i is tokens idx[i] ... idx[i + 1] - 1
+# group  int32 a document: completions of one prompt share it, best first
+FILES = {
+    "text": ("bin",),
+    "sft": ("bin", "mask", "idx"),
+    "pairs": ("bin", "mask", "idx", "group"),
+    "prompts": ("bin", "idx")}
 
 
 @dataclass(eq=False)
@@ -54,39 +66,37 @@ def open_data(folder, kind=None, fingerprint=None):
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
-        sizes = {split: (meta[split]["tokens"], meta[split]["documents"]) for split in ("train", "val")}
-        id_type = np.dtype(meta["dtype"])
         own_kind = meta["kind"]
         own_fingerprint = meta["fingerprint"]
+        splits = [map_split(folder, split, own_kind, np.dtype(meta["dtype"]), meta[split]) for split in ("train", "val")]
     except (ValueError, KeyError, TypeError) as error:
         check(False, f"{path} is damaged ({type(error).__name__}: {error}). Prepare the folder again")
     check(kind in (None, own_kind), f"'{folder}' holds data of kind {own_kind}, this stage reads {kind}")
     check(fingerprint in (None, own_fingerprint),
-          f"'{folder}' was made with tokenizer {own_fingerprint[:12]}, the checkpoint with {str(fingerprint)[:12]}"
+          f"'{folder}' was made with tokenizer {own_fingerprint[:12]}, the model with {str(fingerprint)[:12]}"
           ". Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
-
-    def memmap(name, dtype, length, lacking=()):
-        if own_kind in lacking:
-            return None
-        path = os.path.join(folder, name)
-        check(os.path.exists(path), f"{path} is missing. Prepare the folder again")
-        dtype = np.dtype(dtype).newbyteorder("<")
-        size = os.path.getsize(path)
-        wanted = length * dtype.itemsize
-        check(size == wanted, f"{path} has {size:,} bytes, meta.json says {wanted:,}. Prepare the folder again")
-        if length == 0:
-            return np.zeros(0, dtype)  # an empty file cannot be mapped
-        return np.memmap(path, dtype, mode="r")
-
-    splits = []
-    for split, (n_tokens, n_documents) in sizes.items():
-        # the last argument: kinds of data that have no such file
-        tokens = memmap(f"{split}.bin", id_type, n_tokens)
-        mask = memmap(f"{split}.mask", np.uint8, n_tokens, ("text", "prompts"))
-        idx = memmap(f"{split}.idx", np.int64, n_documents + 1, ("text",))
-        group = memmap(f"{split}.group", np.int32, n_documents, ("text", "prompts", "sft"))
-        splits.append(Split(tokens, mask, idx, group, meta[split]))
     return splits[0], splits[1], meta
+
+
+def map_split(folder, split, kind, id_type, meta):
+    """Return the Split whose files lie in folder; exits where one is missing or of another size than meta says."""
+    layout = {
+        "bin": (id_type, meta["tokens"]),
+        "mask": (np.dtype(np.uint8), meta["tokens"]),
+        "idx": (np.dtype(np.int64), meta["documents"] + 1),
+        "group": (np.dtype(np.int32), meta["documents"])}
+    arrays = dict.fromkeys(layout)
+    for name in FILES[kind]:
+        dtype, length = layout[name]
+        path = os.path.join(folder, f"{split}.{name}")
+        check(os.path.exists(path), f"{path} is missing. Prepare the folder again")
+        size = os.path.getsize(path)
+        expected = length * dtype.itemsize
+        check(size == expected, f"{path} has {size:,} bytes, meta.json says {expected:,}. Prepare the folder again")
+        arrays[name] = np.zeros(0, dtype)  # an empty file cannot be mapped
+        if length:
+            arrays[name] = np.memmap(path, dtype.newbyteorder("<"), mode="r")
+    return Split(arrays["bin"], arrays["mask"], arrays["idx"], arrays["group"], meta)
 
 
 # ---------------------------------------------------------------------------- order
@@ -109,14 +119,16 @@ def shuffled(n, first, count, seed):
     return entries
 
 
-# ---------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------- batches
 
 
-def collate(documents, pad_id, device="cpu"):
-    """Right-pad documents [(ids, mask), …] and shift them: what follows a token is its target.
+def pad(documents, pad_id, device="cpu"):
+    """Right-pad documents [(ids, mask), …] to the longest; return ids and mask, (B, T) each.
 
-    Return ids, targets, mask, each (B, T): mask[b, t] is 1 where targets[b, t] is a token to learn. Causal attention
-    never looks at the padding behind a row, so it needs no attention mask.
+    Causal attention never looks at the padding behind a row, so it needs no attention mask:
+
+        ids   床 前 明 月 光 ■ ■          mask   0 0 1 1 1 0 0
+              举 头 望 明 月 思 乡               0 0 0 1 1 1 1
     """
     T = max(len(ids) for ids, _ in documents)
     shape = (len(documents), T)
@@ -125,23 +137,28 @@ def collate(documents, pad_id, device="cpu"):
     for row, (document, learned) in enumerate(documents):
         ids[row, :len(document)] = document
         mask[row, :len(document)] = learned
-    ids = torch.from_numpy(ids).to(device)
-    mask = torch.from_numpy(mask).to(device)
-    # the shift: the last token predicts nothing, and nothing predicts the first
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def shift(ids, mask):
+    """Return inputs, targets and the targets' mask, (B, T - 1) each: what follows a token is its target.
+
+        ids       床 前 明 月 光
+        inputs    床 前 明 月            the last token predicts nothing,
+        targets      前 明 月 光         and nothing predicts the first
+    """
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
 def get_prompts(split, prompts, pad_id, device):
-    """All answers to some prompts: ids, targets, mask of collate(), each (R, T), and the number of answers to each."""
+    """All answers to some prompts: (ids, mask) of pad(), each (R, T), and the number of answers to each prompt."""
     bounds = split.prompt_bounds()
     documents = []
     sizes = []
     for p in prompts:
-        begin = bounds[p]
-        end = bounds[p + 1]
-        documents += [split.document(i) for i in range(begin, end)]
-        sizes.append(int(end - begin))
-    return collate(documents, pad_id, device), sizes
+        documents += [split.document(i) for i in range(bounds[p], bounds[p + 1])]
+        sizes.append(int(bounds[p + 1] - bounds[p]))
+    return pad(documents, pad_id, device), sizes
 
 
 def open_pairs(folder, fingerprint, max_seq_len):
@@ -167,15 +184,13 @@ def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
     splits = []
     for folder in folders.split(","):
         train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
-        known = meta["kind"] in ("sft", "text")
-        check(known, f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
-        if meta["kind"] == "text":
-            longest = PIECE
-            check(len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, fewer than a row of {PIECE}")
-        else:
+        check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+        longest = PIECE
+        if train.idx is not None:
             longest = np.diff(train.idx).max(initial=0)
-        check(longest <= max_seq_len, f"{folder} has rows of {longest} tokens, the model sees {max_seq_len}. Prepare "
-              f"it again with --max_length={max_seq_len}")
+        check(longest <= max_seq_len and len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, in rows "
+              f"of up to {longest}; wanted are rows of at most the {max_seq_len} that the model sees, and more tokens "
+              f"than {PIECE}. Prepare it again with --max_length={max_seq_len}")
         splits.append(train)
     return splits
 
@@ -184,7 +199,7 @@ def mixed_rows(splits, number, n_rows, seed, pad_id, env):
     """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before
     (PPO-ptx, InstructGPT, eq. 2): conversations, or pieces of a text. The splits take turns.
 
-    Return ids, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
+    Return inputs, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
     """
     split = splits[number % len(splits)]
     first = number // len(splits) * n_rows
@@ -194,13 +209,12 @@ def mixed_rows(splits, number, n_rows, seed, pad_id, env):
         for piece in shuffled(n_pieces, first, n_rows, seed):
             begin = PIECE * piece
             tokens = split.tokens[begin:begin + PIECE + 1].astype(np.int64)
-            learned = np.ones(len(tokens))
-            documents.append((tokens, learned))
+            documents.append((tokens, np.ones(len(tokens))))
     else:
         for i in shuffled(len(split), first, n_rows, seed):
             documents.append(split.document(i))
     # each process learns its share of the rows; how many tokens count in all, it must know from all of them
     n_learned = sum(mask[1:].sum() for _, mask in documents)
     ours = documents[env.rank::env.world]
-    ids, targets, mask = collate(ours, pad_id, env.device)
+    ids, targets, mask = shift(*pad(ours, pad_id, env.device))
     return ids, targets, mask / float(max(n_learned, 1))

@@ -1,5 +1,5 @@
 # 1.4 G parameters for GPUs of 24 GB: a LLaMA of 24 layers x 2048, 20 tokens a parameter.
-#   torchrun --standalone --nproc_per_node=8 pretrain.py config/llama1b.py
+#   torchrun --standalone --nproc_per_node=8 pretrain.py config/shapes/llama1b.py
 # Never run by us. `tools.estimate`: 24.6 GiB alone, 8.8 GiB a process on 8 GPUs; 1,000 GPU hours of 4090, 170 of H100.
 data_dir = "data/llama"
 out_dir = "out/llama1b"

@@ -1,6 +1,6 @@
 # 13 G parameters: the shape of LLaMA 13B (Touvron et al. 2023, table 2), its batch of 4 M tokens, 1 T tokens. On each
 # of four machines with eight GPUs of 80 GB, HOST being one of them:
-#   torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/llama13b.py
+#   torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/shapes/llama13b.py
 # Never run by us. `tools.estimate`: 22 GiB a process on 64 GPUs, 44 on 8; 56,000 GPU hours of H100: 73 days here.
 data_dir = "data/llama"
 out_dir = "out/llama13b"

@@ -1,6 +1,6 @@
 # 64 M parameters in the shape of minimind-3: 8 layers x 768, 8 query and 4 key/value heads, vocabulary 6,400, QK-norm.
 #   python prepare.py minimind --input=YOUR_CORPUS --vocab_size=6400
-#   torchrun --standalone --nproc_per_node=1 pretrain.py config/minimind.py
+#   torchrun --standalone --nproc_per_node=1 pretrain.py config/shapes/minimind.py
 # Not trained to its end by us yet.
 data_dir = "data/minimind"
 out_dir = "out/minimind"

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from model import KVCache, product_dtype
+from model import KVCache, matmul_dtype
 
 
 @torch.no_grad()  # not inference_mode: there, autocast would cast every weight anew for every token
@@ -48,7 +48,7 @@ def generate(
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     padded = [[pad_id] * (longest - len(p)) + list(p) for p in prompts]
     ids = torch.tensor(padded, device=device)                                      # (prompts, longest)
-    dtype = product_dtype(model.head_weight)
+    dtype = matmul_dtype(model.head_weight)
     cache = KVCache(model.config, pad, longest + max_new_tokens, dtype)
     new = [[] for _ in range(len(prompts) * group_size)]
     uniforms = draw_uniforms(seed, len(new), max_new_tokens).to(device)            # (rows, steps)

@@ -1,33 +1,24 @@
 """
 LoRA (Hu et al. 2021): freeze the weights, learn a product of two thin matrices beside some of them.
 
-    python sft.py config/poems_sft.py --lora_rank=8 --out_dir=out/poems-lora     # trains adapters
-    python lora.py out/poems-lora --out=out/poems-merged                         # a checkpoint like any other
+    python sft.py config/poems_sft.py --lora_rank=8 --out_dir=out/poems-lora          # trains adapters
+    python -m tools.export out/poems-lora --to=merged --out=out/poems-merged          # a checkpoint like any other
 
-in:  a run made with --lora_rank; its ckpt.pt holds the adapters and names its base. common.load_model merges the two
-out: out/<run>/ckpt.pt with whole weights, tokenizer.model
+The run's ckpt.pt holds the adapters and names its base; checkpoint.load_model adds the two.
 
 What differs from the paper and peft: (1) q, k, v are one matrix and share one A, as do gate and up; (2) no dropout;
 (3) routed experts, the router and the embeddings are never adapted.
 """
+import hashlib
 import math
 import os
 import re
-from dataclasses import dataclass
 
-# first, as it says how to install what is missing
-from configurator import check, run
-
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import load_model, save_checkpoint, weights_hash
-
-
-@dataclass
-class Config:
-    run: str = ""   # folder of the LoRA run (the bare word)
-    out: str = ""   # folder to write
+from configurator import check
 
 
 class LoRALinear(nn.Linear):
@@ -48,7 +39,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        # two thin products instead of a change of W: rank * (in + out) numbers to learn instead of in * out
+        # two thin matmuls instead of a change of W: rank * (in + out) numbers to learn instead of in * out
         thin = F.linear(x, self.lora_a)                                            # (..., rank)
         change = F.linear(thin, self.lora_b) * self.scale                          # (..., out)
         return super().forward(x) + change
@@ -85,37 +76,35 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
     return model
 
 
-def start_lora(model, cfg):
-    """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from."""
+def start_lora(model, cfg, weights):
+    """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from, whose
+    checkpoint holds `weights`."""
     # the path from one folder to the other, so that both can move together
     base = os.path.relpath(cfg.init_from, cfg.out_dir)
-    return add_lora(
-        model,
-        cfg.lora_rank,
-        cfg.lora_alpha,
-        cfg.lora_targets,
-        base,
-        weights_hash(model.state_dict()))
+    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights))
 
 
-def main(cfg):
-    check(cfg.run and cfg.out, "name the run and a folder for the result: python lora.py out/poems-lora "
-          "--out=out/poems-merged")
-    model, tokenizer, checkpoint = load_model(cfg.run)
-    check(checkpoint.get("lora"), f"{cfg.run} holds no adapters, but whole weights: there is nothing to merge")
-    path = os.path.join(cfg.out, "ckpt.pt")
-    check(not os.path.exists(path), f"{path} exists, and would be overwritten. Choose another --out")
-    # load_model has merged them; what belongs to training is left behind
-    merged = {
-        **checkpoint,
-        "model": model.state_dict(),
-        "lora": None,
-        "optimizers": [],
-        "scaler": {}}
-    save_checkpoint(path, merged)
-    tokenizer.save(os.path.join(cfg.out, "tokenizer.model"))
-    print(f"{path}: the weights of {cfg.run} with its adapters added")
+def adapters_of(model):
+    """What of the model's state dict its checkpoint holds."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
-if __name__ == "__main__":
-    run(main, Config, positional="run")
+def merge_adapters(weights, adapters, scale):
+    """Return weights with each adapter's product added: W + scale * B A (LoRA, sec. 4.1)."""
+    merged = dict(weights)
+    for name in adapters:
+        if name.endswith("lora_a"):
+            layer = name.removesuffix("lora_a")
+            product = adapters[layer + "lora_b"] @ adapters[layer + "lora_a"]
+            merged[layer + "weight"] = weights[layer + "weight"] + scale * product
+    return merged
+
+
+def weights_hash(weights):
+    """sha256 of the tensors of a checkpoint: adapters are worth nothing over another base, even of the same shape."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        numbers = weights[name].cpu().contiguous().reshape(-1)
+        digest.update(numbers.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
 # 1.4 G parameters in Qwen's layout (bias in q, k, v; Qwen's 151,851 tokens). One GPU of 80 GB, or several.
 #   python prepare.py mini --input=YOUR_CORPUS --tokenizer=qwen.tiktoken
-#   torchrun --standalone --nproc_per_node=8 pretrain.py config/mini_1b4.py
+#   torchrun --standalone --nproc_per_node=8 pretrain.py config/shapes/mini_1b4.py
 # Not trained to its end by us yet. `python -m tools.estimate` prints memory and hours.
 data_dir = "data/mini"
 out_dir = "out/mini_1b4"

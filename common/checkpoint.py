@@ -1,0 +1,303 @@
+"""
+What a run leaves on disk, its folder out/<run>/: ckpt.pt, best.pt, tokenizer.model, log.jsonl.
+
+    own(cfg, env)                                     before the loop: no other process writes to this folder
+    catch_signals(env)                                Ctrl-C ends the run after a step, with a checkpoint
+    checkpoint = find(STAGE, SAME, cfg, env, …)       an earlier state of this very run, or None
+    step, best_val = restore(checkpoint, …)           its weights, optimizers, step
+    save("ckpt.pt", STAGE, cfg, env, step, …)         in the loop
+    model, tokenizer, checkpoint = load_model(path)   elsewhere: a finished run
+
+Which rows a step sees follows from its number, so weights, optimizers and the step are all that a run needs to go on.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from common.distributed import all_sum, gather_shards, leave, shard_like
+from common.lora import adapters_of, merge_adapters, weights_hash
+from configurator import check
+from model import ModelConfig, ScalarModel, Transformer
+from tokenizer import load_tokenizer
+
+# ---------------------------------------------------------------------------- before the loop
+
+
+def own(cfg, env, base=""):
+    """Make this the only process that writes to cfg.out_dir, which must not be the run that it starts from (base).
+    The lock goes with the process, however it ends."""
+    folder = base if os.path.isdir(base) else os.path.dirname(base)
+    check(not base or os.path.realpath(folder) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run "
+          "that this one starts from, and would be overwritten. Choose another --out_dir")
+    if not env.is_main:
+        return
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    env.lock = open(os.path.join(cfg.out_dir, ".lock"), "w")
+    try:
+        fcntl.flock(env.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        check(False, f"another process is writing to {cfg.out_dir}. Wait for it, or choose another --out_dir")
+
+
+def catch_signals(env):
+    """Put the names of signals that ask this process to stop into env.signals; a second one ends it at once."""
+
+    def handler(number, frame):
+        env.signals.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # what nohup has told us to ignore stays ignored
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def find(stage, same, cfg, env, model, tokenizer):
+    """Return the checkpoint in cfg.out_dir, where it is an earlier state of this run, or None where there is none.
+    Exits where it is another run's: of another stage, model, tokenizer, or with other values of the settings `same`."""
+    path = os.path.join(cfg.out_dir, "ckpt.pt")
+    checkpoint = None
+    if os.path.exists(path):
+        checkpoint = load_checkpoint(path)
+        check(checkpoint["stage"] == stage, f"{cfg.out_dir} holds a run of {checkpoint['stage']}.py, and {stage}.py "
+              "would overwrite it. Choose another --out_dir")
+    if not cfg.resume:
+        checkpoint = None
+    # all processes must go on from the same step, or they would train different models
+    step = checkpoint["step"] if checkpoint else 0
+    total = all_sum([step], env)[0]
+    check(total == step * env.world, f"rank {env.rank} finds step {step} in {path}, others find another: out_dir must "
+          "be one folder that all machines share")
+    if checkpoint is None:
+        return None
+    then = checkpoint["config"]
+    now = dataclasses.asdict(cfg)
+    check(then and checkpoint["optimizers"], f"{path} holds weights alone (imported or merged): no run that could go "
+          "on. Choose another --out_dir")
+    theirs = identity(then, same, checkpoint["model_config"], checkpoint.get("lora"), checkpoint["fingerprint"])
+    ours = identity(now, same, vars(model.config), getattr(model, "lora", None), tokenizer.fingerprint)
+    different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
+                 if theirs.get(key) != value]
+    check(not different, f"{path} is of another run: {'; '.join(different)}. Use its settings, choose another "
+          "--out_dir, or start again with --resume=False")
+    if env.is_main:
+        changes = {key: value for key, value in now.items() if then.get(key) != value}
+        if checkpoint.get("data") != data_size(cfg):
+            changes["the data itself"] = data_size(cfg)  # prepared anew: rows come in another order from here on
+        print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {changes or 'none'}")
+        if step >= cfg.max_steps:
+            print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
+    return checkpoint
+
+
+def identity(settings, same, model_config, lora, fingerprint):
+    """Return what makes a run this run: {name: value}."""
+    facts = {**model_config, "lora": lora, "tokenizer": fingerprint[:12]}
+    for name in same:
+        value = settings.get(name)
+        # one folder can be spelled in several ways
+        facts[name] = os.path.realpath(value) if name in ("data_dir", "init_from") and value else value
+    # how a step is cut into micro-steps may change: its rows stay the same
+    facts["batch_size * grad_accum"] = settings["batch_size"] * settings["grad_accum"]
+    return facts
+
+
+def data_size(cfg):
+    """Bytes of the training tokens."""
+    path = os.path.join(cfg.data_dir, "train.bin")
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def restore(checkpoint, model, optimizers, env):
+    """Load what find() has found; return (step, lowest validation loss): (0, infinity) at the beginning of a run."""
+    if checkpoint is None:
+        return 0, math.inf
+    ours = model.state_dict()
+    weights = {name: shard_like(value, ours.get(name)) for name, value in checkpoint["model"].items()}
+    model.load_state_dict(weights, strict=not checkpoint.get("lora"))
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        params = sum([group["params"] for group in optimizer.param_groups], [])
+        for number, values in state["state"].items():
+            for name, value in values.items():
+                if value.ndim:  # of the shape of its parameter; the count of steps is a single number
+                    values[name] = shard_like(value, params[number])
+        # averages are the checkpoint's; rates, decay and momentum are what the settings say now
+        state["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state)
+    if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32
+        env.scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"], checkpoint["best_val"]
+
+
+# ---------------------------------------------------------------------------- save
+
+
+def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
+    """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic."""
+    lora = getattr(model, "lora", None)
+    weights = adapters_of(model) if lora else model.state_dict()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    weights, states = gather_shards([weights, states], env)
+    if not env.is_main:
+        return
+    finite = all(weight.isfinite().all() for weight in [*weights.values(), *extra.get("critic", {}).values()])
+    check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
+    path = os.path.join(cfg.out_dir, "tokenizer.model")
+    tokenizer.save(path + ".tmp")
+    os.replace(path + ".tmp", path)
+    save_checkpoint(os.path.join(cfg.out_dir, name), {
+        "stage": stage,
+        "step": step,
+        "model": weights,
+        "model_config": dataclasses.asdict(model.config),
+        "lora": lora,
+        "config": dataclasses.asdict(cfg),
+        "fingerprint": tokenizer.fingerprint,
+        "data": data_size(cfg),
+        "optimizers": states,
+        "scaler": env.scaler.state_dict(),
+        **extra})
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict to path, whole or not at all: to a temporary name, flushed to disk, then renamed."""
+    temporary = path + ".tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = str(error).splitlines()[0]
+        check(False, f"cannot write {path} ({reason}). What was there before is whole: make room and run it again")
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def load_checkpoint(path):
+    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
+    check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
+    try:
+        # mmap: the processes of a machine share one copy of the file in its memory
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
+    except Exception as error:  # cut short, another format, or code where weights should be
+        check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of "
+              "ours. Move it away; best.pt beside it, where there is one, is whole and can take its place")
+    needed = {"stage", "model", "model_config", "fingerprint"}
+    known = isinstance(checkpoint, dict) and needed <= checkpoint.keys()
+    check(known, f"{path} is not a checkpoint of this project")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """Return (model, tokenizer, checkpoint) of a run's folder or file, ready to generate; adapters are merged in."""
+    checkpoint = load_checkpoint(path)
+    check(checkpoint["stage"] != "reward", f"{path} is a reward model: it scores answers and writes none")
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
+    check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
+          f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
+    weights = checkpoint["model"]
+    lora = checkpoint.get("lora")
+    if lora:
+        # the file holds adapters alone: what they are added to lies in another run
+        base = os.path.normpath(os.path.join(folder, lora["base"]))
+        base_model, _, base_checkpoint = load_model(base)
+        check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
+              f"the adapters in {folder} were trained: train them again, or put the old base back")
+        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], lora["alpha"] / lora["rank"])
+    model = Transformer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(weights, strict=True)
+    return model.to(device), tokenizer, checkpoint
+
+
+def load_reward_model(path, device="cpu", fingerprint=None):
+    """Return the ScalarModel of a run of reward.py; exits when it was trained with another tokenizer."""
+    checkpoint = load_checkpoint(path)
+    check(checkpoint["stage"] == "reward", f"{path} is a run of {checkpoint['stage']}.py, wanted one of reward.py")
+    check(fingerprint in (None, checkpoint["fingerprint"]), f"{path} was trained with another tokenizer "
+          f"({checkpoint['fingerprint'][:12]}) than the model it is to score ({str(fingerprint)[:12]})")
+    model = ScalarModel(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"], strict=True)
+    return model.to(device)
+
+
+def newest_run(stages, root="out"):
+    """Return the folder under root whose ckpt.pt is the newest of these stages'; exits where there is none."""
+    files = []
+    if os.path.isdir(root):
+        for entry in os.scandir(root):
+            file = os.path.join(entry.path, "ckpt.pt")
+            if os.path.isfile(file):
+                files.append(file)
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        if load_checkpoint(file)["stage"] in stages:
+            return os.path.dirname(file)
+    check(False, f"no {' or '.join(stages)} run under '{root}/'. Train one first (bash runs/quickstart.sh), or name a "
+          "folder with --out_dir=")
+
+
+# ---------------------------------------------------------------------------- log, end
+
+
+FORMATS = {"lr": "{:.2e}", "tok/s": "{:,.0f}"}  # all other numbers: {:.4f}
+
+
+def log(cfg, env, step, record):
+    """Print one line a step on rank 0 and append the same record to out_dir/log.jsonl. record: {name: number}."""
+    if not env.is_main:
+        return
+    words = [f"{name} {FORMATS.get(name, '{:.4f}').format(value)}" for name, value in record.items()]
+    left = int(record.get("seconds", 0) * (cfg.max_steps - step))
+    words.append(f"left {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s")
+    print(f"step {step}/{cfg.max_steps} | " + " | ".join(words), flush=True)
+    with open(os.path.join(cfg.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps({"step": step, **record}) + "\n")
+
+
+def trim_log(cfg, env, step):
+    """Drop what log.jsonl says of steps after the one that a run goes on from (0: all): they will be done again."""
+    path = os.path.join(cfg.out_dir, "log.jsonl")
+    if not env.is_main or not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by a kill goes, too
+                if step and json.loads(line)["step"] <= step:
+                    kept.append(line.rstrip("\n") + "\n")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+def finish(cfg, env, step, hint=""):
+    """Say how the run ended, and leave the other processes."""
+    stopped = step < cfg.max_steps
+    if env.is_main:
+        how = "done"
+        if stopped:
+            who = env.signals[0] if env.signals else "another process"
+            how = f"stopped by {who}; the same command goes on from here"
+        print(f"{cfg.out_dir}/ckpt.pt: step {step}, {how}. {hint}", flush=True)
+    if env.lock:
+        env.lock.close()
+    leave(env, stopped)

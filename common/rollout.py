@@ -1,0 +1,215 @@
+"""
+What ppo.py and grpo.py share: prompts become answers, answers become scores and log-probs.
+
+    prompts   ──generate──▶  documents [(ids, mask)]  ──pad, shift──▶  ids, targets, mask  (B, T)
+    documents ──scorer───▶   scores (B)                                  mask is 1 on the answer's tokens
+    ids       ──model────▶   log-probs of policy and reference (B, T)
+"""
+import importlib.util
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+
+from common.data import pad, shift, shuffled
+from common.distributed import all_sum
+from common.generate import generate
+from common.loss import score_answers, token_logps
+from configurator import check
+
+
+def rollout(model, prompts, group_size, cfg, tokenizer, seed, env):
+    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on the answer.
+
+    One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
+    """
+    with env.autocast():
+        answers = generate(
+            model,
+            prompts,
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            stop_ids=[tokenizer.im_end_id, tokenizer.eot_id],
+            pad_id=tokenizer.pad_id,
+            seed=seed,
+            group_size=group_size)
+    documents = []
+    for number, answer in enumerate(answers):
+        prompt = list(prompts[number // group_size])
+        mask = [0] * len(prompt) + [1] * len(answer)
+        documents.append((prompt + answer, mask))
+    return documents
+
+
+def step_prompts(split, group_size, cfg, step, micro):
+    """Yield (prompts, seed) for each of a step's micro-steps that are this process's. An answer's random numbers follow
+    from its place among all answers of the step, so they do not depend on who generates it."""
+    sequence = np.random.SeedSequence([cfg.seed, step])
+    step_seed = int(sequence.generate_state(1)[0])
+    for i in micro:
+        first = (step * cfg.grad_accum + i) * cfg.batch_size
+        prompts = [split.document(n)[0].tolist() for n in shuffled(len(split), first, cfg.batch_size, cfg.seed)]
+        yield prompts, step_seed + i * cfg.batch_size * group_size
+
+
+def check_prompts(splits, cfg, window):
+    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see."""
+    longest = max(np.diff(split.idx).max(initial=0) for split in splits)
+    check(longest + cfg.max_new_tokens <= window, f"{cfg.data_dir} has a prompt of {longest} tokens; with "
+          f"max_new_tokens={cfg.max_new_tokens} that exceeds the {window} tokens the models can see. Prepare it again "
+          "with a smaller --max_length, or lower --max_new_tokens")
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def function_scorer(spec, tokenizer, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with prompt
+    and answer as texts, control tokens left out.
+
+    Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
+    """
+    path, _, name = spec.partition(":")
+    check(os.path.isfile(path) and name, f"{spec!r} is not FILE.py:FUNCTION (looked in {os.getcwd()})")
+    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    check(hasattr(module, name), f"{path} defines no function '{name}'")
+    function = getattr(module, name)
+
+    def scorer(documents):
+        scores = []
+        for ids, mask in documents:
+            begin = mask.index(1)
+            prompt = tokenizer.decode(ids[:begin], skip_special=True)
+            answer = tokenizer.decode(ids[begin:], skip_special=True)
+            try:
+                reward = function(prompt, answer)
+                score = float(reward)  # also of numpy's and torch's numbers
+                reason = f"returned {reward!r}, no finite number,"
+            except Exception as error:
+                score = math.nan
+                reason = f"failed ({type(error).__name__}: {error})"
+            if not math.isfinite(score):
+                print(f"error: {spec} {reason} on the answer {answer!r} to {prompt!r}", file=sys.stderr)
+                score = math.nan
+            scores.append(score)
+        return torch.tensor(scores, dtype=torch.float32, device=env.device)
+
+    return scorer
+
+
+def model_scorer(reward_model, pad_id, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B), that asks a reward model."""
+
+    @torch.no_grad()
+    def scorer(documents):
+        return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
+
+    return scorer
+
+
+# ---------------------------------------------------------------------------- a batch, before the update
+
+
+def make_batch(documents, tokenizer, scorer, watcher, env):
+    """Return a dict of tensors: ids, targets, mask (B, T); ended, score and, with a watcher, watched (B)."""
+    ids, targets, mask = shift(*pad(documents, tokenizer.pad_id, env.device))
+    ends = [document[-1] in (tokenizer.im_end_id, tokenizer.eot_id) for document, _ in documents]
+    batch = {
+        "ids": ids,
+        "targets": targets,
+        "mask": mask,
+        "ended": torch.tensor(ends, device=env.device).float(),
+        "score": scorer(documents)}
+    if watcher:
+        batch["watched"] = watcher(documents).nan_to_num(0.0)  # only looked at: it must not end the run
+    return batch
+
+
+@torch.no_grad()
+def all_logps(model, batch, cfg, env):
+    """Log-prob of each answer token under a model, (B, T), computed batch_size rows at a time."""
+    # by the same function, and in parts of the same size, as in the update: otherwise the first ratio would not be 1
+    parts = []
+    for first in range(0, len(batch["ids"]), cfg.batch_size):
+        part = {name: batch[name][first:first + cfg.batch_size] for name in ("ids", "targets", "mask")}
+        with env.autocast():
+            hidden = model(part["ids"])                                            # (rows, T, C)
+            parts.append(token_logps(hidden, model.head_weight, part["targets"], part["mask"], cfg.temperature))
+    return torch.cat(parts)
+
+
+def k3(logps, ref_logps):
+    """Unbiased, never negative estimate of KL(pi || ref) at samples of pi: ref/pi - 1 - log(ref/pi) (Schulman 2020)."""
+    log_ratio = ref_logps - logps
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def summary(batch, env):
+    """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
+    that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
+    log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
+    rows = {
+        "score": batch["score"],
+        "kl": log_ratio.sum(1),
+        "length": batch["mask"].sum(1),
+        "eos_share": batch["ended"],
+        "entropy": -batch["logps"].sum(1)}
+    if "watched" in batch:
+        rows["watched"] = batch["watched"]
+    totals = [values.sum() for values in rows.values()]
+    n, *sums = all_sum([len(log_ratio), *totals], env)
+    means = {name: total / max(n, 1) for name, total in zip(rows, sums)}
+    means["entropy"] /= max(means["length"], 1e-8)
+    return means
+
+
+
+
+def must_stop(batch, env):
+    """Whether a process was asked to stop, or a reward function failed: then nobody learns from this batch."""
+    failed, signals = all_sum([batch["score"].isnan().any(), len(env.signals)], env)
+    if failed:
+        env.signals.insert(0, "a reward function that failed on an answer")
+    return failed + signals > 0
+
+
+@torch.no_grad()
+def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env):
+    """Return summary() on the first eval_prompts of a split, shared among the processes, as {"val_…": number}: the same
+    prompts and random numbers every time. {} without held-out prompts."""
+    n_prompts = min(cfg.eval_prompts, len(split))
+    if n_prompts < env.world:
+        if env.is_main and n_prompts:
+            print(f"note: {n_prompts} held-out prompts for {env.world} processes: nothing is measured on them")
+        return {}
+    first = env.rank * n_prompts // env.world
+    end = (env.rank + 1) * n_prompts // env.world
+    prompts = [split.document(i)[0].tolist() for i in range(first, end)]
+    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env)
+    batch = make_batch(documents, tokenizer, scorer, watcher, env)
+    batch["logps"] = all_logps(model, batch, cfg, env)
+    batch["ref_logps"] = all_logps(reference, batch, cfg, env)
+    return {f"val_{name}": value for name, value in summary(batch, env).items()}
+
+
+# ---------------------------------------------------------------------------- minibatches
+
+
+def check_minibatches(minibatches, size):
+    """Exit where the `size` answers of a micro-step are fewer than the minibatches they are shared out to."""
+    check(minibatches <= size, f"minibatches={minibatches} of only {size} answers in a micro-step: lower --minibatches "
+          "or raise --batch_size")
+
+
+def minibatch_rows(cfg, size, step, epoch, minibatch, micro):
+    """Return the rows (of this process's batch, `size` answers a micro-step) of a minibatch: of each micro-step the same
+    share, in an order drawn from (seed, step, epoch, micro_step), whichever process holds it."""
+    rows = []
+    for place, i in enumerate(micro):
+        order = np.random.default_rng([cfg.seed, step, epoch, i]).permutation(size)
+        rows.append(place * size + order[minibatch::cfg.minibatches])
+    return torch.from_numpy(np.concatenate(rows))

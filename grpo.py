@@ -1,0 +1,307 @@
+"""
+GRPO and its family: reinforcement learning without a critic. Each prompt is answered several times, and an answer is
+as good as its lead over the other answers to the same prompt (DeepSeekMath, sec. 4.1; Ahmadian et al. 2024).
+
+    python grpo.py config/poems_grpo.py                                            # a rule as the reward
+    python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
+    torchrun --standalone --nproc_per_node=4 grpo.py config/poems_grpo.py --grad_accum=4
+
+in:  out/<sft run>, a reward function or out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
+out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
+
+    one prompt ──▶ eight answers ──▶ eight scores        1   0   0   1   0   0   0   0     mean 0.25
+                                     advantages       +.75 -.25 -.25 +.75 ...              no critic needed
+
+What differs from the papers:
+ 1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
+ 2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
+ 3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
+ 4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3);
+ 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens.
+"""
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from common.checkpoint import (
+    catch_signals, find, finish, load_model,
+    load_reward_model, log, own, restore,
+    save, trim_log)
+from common.data import mixed_rows, open_data, open_mixed
+from common.distributed import all_sum, check_finite, micro_steps, start
+from common.loss import token_logps
+from common.optim import lr_at, make_adamw, set_lr
+from common.rollout import (
+    all_logps, check_minibatches, check_prompts, evaluate,
+    function_scorer, k3, make_batch, minibatch_rows,
+    model_scorer, must_stop, rollout, step_prompts,
+    summary)
+from configurator import Count, NonNegative, Positive, Whole, check, run
+
+STAGE = "grpo"
+# a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
+SAME = ("seed", "data_dir", "init_from", "advantage", "group_size")
+
+
+@dataclass
+class Config:
+    # files
+    data_dir: str = "data/poems-prompts"
+    init_from: str = "out/poems-sft"        # policy and frozen reference
+    out_dir: str = "out/grpo"
+    resume: bool = True                     # go on from out_dir/ckpt.pt when it is there
+    # reward
+    reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
+    reward_from: str = ""                   # or a run of reward.py
+    watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
+    no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
+    kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
+    # advantages
+    advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
+    group_size: Count = 8                   # answers a prompt, at least 2
+    skip_flat_groups: bool = False          # leave out prompts whose answers all got the same reward (DAPO)
+    # batch: grad_accum * batch_size prompts a step, each answered group_size times
+    batch_size: Count = 16                  # prompts in a micro-step
+    grad_accum: Count = 1                   # micro-steps in a step, all processes together
+    max_new_tokens: Count = 96
+    temperature: Positive = 1.0
+    # update
+    max_steps: Count = 100
+    ppo_epochs: Count = 1                   # passes over a step's answers
+    minibatches: Count = 1                  # optimizer steps in a pass
+    clip: Positive = 0.2                    # ratios stay within 1 ± clip
+    clip_high: NonNegative = 0.0            # upper end of the ratio, 1 + clip_high (DAPO); 0: as clip
+    ratio: Literal["token", "sequence"] = "token"  # of each token, or one of the whole answer (GSPO)
+    surrogate: Literal["ppo", "cispo"] = "ppo"
+    # text or conversations mixed in (PPO-ptx)
+    ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
+    ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
+    ptx_rows: Count = 8                     # an update
+    # optimizer
+    lr: Positive = 1e-5
+    min_lr: NonNegative = 1e-6              # at the last step
+    warmup_steps: Whole = 0                 # 0: a tenth of the run, at most 100
+    weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 1.0            # 0: no clipping
+    # every eval_every steps: score and KL on held-out prompts, a checkpoint
+    eval_every: Count = 20
+    eval_prompts: Whole = 64                # 0: none
+    # machine
+    device: str = "auto"
+    seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "ptx_dir": "ptx_coef",
+    "ptx_rows": "ptx_coef"}
+
+
+# ---------------------------------------------------------------------------- maths
+
+
+def group_advantages(totals, group_size, kind):
+    """One advantage an answer from its reward (B), the answers to one prompt in a row.
+
+    rloo: minus the mean of the prompt's other answers (Ahmadian et al. 2024, eq. 8).
+    grpo: minus the group's mean, over its deviation (DeepSeekMath, sec. 4.1.2).
+    dr_grpo: minus the group's mean: a deviation would favour prompts that are nearly solved (arXiv 2503.20783).
+    """
+    # no critic: what was to be expected of an answer, the other answers to its prompt say
+    groups = totals.view(-1, group_size)                                           # (prompts, group_size)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if kind == "rloo":
+        # the group's mean contains the answer itself; its lead over the n - 1 others is n / (n - 1) times as large
+        advantages = advantages * group_size / (group_size - 1)
+    if kind == "grpo":
+        deviation = groups.std(dim=1, keepdim=True)
+        advantages = advantages / (deviation + 1e-4)
+    return advantages.view(-1)
+
+
+def policy_loss(logps, old_logps, advantages, mask, cfg):
+    """Clipped surrogate (PPO, eq. 7) and its variants, summed over answer tokens; return (loss, ratio (B, T))."""
+    log_ratio = (logps - old_logps) * mask
+    if cfg.ratio == "sequence":
+        # GSPO (arXiv 2507.18071, eq. 7): the answer's ratio is the geometric mean of its tokens'
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / length
+        log_ratio = mean * mask
+    ratio = log_ratio.exp()
+    low = 1 - cfg.clip
+    high = 1 + (cfg.clip_high or cfg.clip)
+    if cfg.surrogate == "cispo":
+        # MiniMax-M1 (arXiv 2506.13585, eq. 4): the clipped ratio weighs REINFORCE, so no token's gradient is lost
+        loss = -ratio.clamp(max=high).detach() * advantages * logps
+    else:
+        # the worse of two losses: a ratio that has left the range the way its advantage wants gains nothing by going on
+        plain = -advantages * ratio
+        clipped = -advantages * ratio.clamp(low, high)
+        loss = torch.max(plain, clipped)
+    return (loss * mask).sum(), ratio
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------ start
+    # one process per GPU, each with its share of a step's micro-steps
+    env = start(cfg)
+    micro = micro_steps(cfg.grad_accum, env)
+    G = cfg.group_size
+    check(G > 1, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
+    check(bool(cfg.reward) != bool(cfg.reward_from), "give either --reward=FILE.py:FUNCTION or --reward_from=RUN")
+    check_minibatches(cfg.minibatches, cfg.batch_size * G)
+
+    # ------------------------------------------------------------------------ models
+    # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
+    model, tokenizer, _ = load_model(cfg.init_from, env.device)
+    reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    if cfg.reward:
+        scorer = function_scorer(cfg.reward, tokenizer, env)
+    else:
+        reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
+        scorer = model_scorer(reward_model, tokenizer.pad_id, env)
+    watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
+    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    net = model
+    if env.world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # ------------------------------------------------------------------------ data
+    train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
+    check_prompts((train, val), cfg, model.config.max_seq_len)
+    if cfg.ptx_coef:
+        ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
+
+    # ------------------------------------------------------------------------ optimizer
+    optimizer = make_adamw(model.parameters(), cfg.lr, cfg.weight_decay)
+
+    # ------------------------------------------------------------------------ run folder
+    own(cfg, env, cfg.init_from)
+    catch_signals(env)
+    # where out_dir holds a checkpoint of this run: its weights, its optimizer's state, its step
+    step, _ = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, [optimizer], env)
+    trim_log(cfg, env, step)
+    if step == 0:
+        # where it starts from, to compare with
+        log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+
+    # ------------------------------------------------------------------------ loop
+    while step < cfg.max_steps:
+        # warm up, then come down
+        began = time.perf_counter()
+        lr = lr_at(step, cfg)
+        set_lr([optimizer], lr / cfg.lr)
+
+        # (1) answer every prompt G times: each process the prompts of its micro-steps
+        documents = []
+        for prompts, seed in step_prompts(train, G, cfg, step, micro):
+            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env)
+        generated = time.perf_counter()
+
+        # (2) score the answers, and keep the log-probs of the policy before its update, and of the reference
+        batch = make_batch(documents, tokenizer, scorer, watcher, env)
+        mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
+        batch["logps"] = all_logps(model, batch, cfg, env)                         # (B, T)
+        batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
+        if must_stop(batch, env):
+            break
+        record = summary(batch, env)
+        scored = time.perf_counter()
+
+        # (3) advantages: an answer is as good as its lead over the other answers to its prompt
+        # an answer that was cut is worth less than its score, or the model would learn never to end
+        scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
+        if cfg.advantage == "rloo":
+            scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
+        # every token of an answer gets the answer's advantage
+        batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask    # (B, T)
+        if cfg.skip_flat_groups:
+            # nothing can be learned where all answers are worth the same: such tokens do not count in the means
+            flat = scores.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
+            batch["mask"] = mask * (~flat).float().repeat_interleave(G)[:, None]
+
+        # (4) update, once or a few times: the ratio corrects for the policy having moved since it answered, the clip
+        # limits how far
+        stats = dict.fromkeys(("policy_loss", "loss_kl", "clip_share", "ptx_loss", "norm"), 0.0)
+        first_ratio_error = 0.0
+        for update in range(cfg.ppo_epochs * cfg.minibatches):
+            epoch, minibatch = divmod(update, cfg.minibatches)
+            rows = minibatch_rows(cfg, cfg.batch_size * G, step, epoch, minibatch, micro).to(env.device)
+            # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
+            n_tokens, n_rows = all_sum([batch["mask"][rows].sum(), len(rows)], env)
+            weight = env.world / max(n_tokens, 1.0)
+            if cfg.advantage == "dr_grpo":
+                # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
+                weight = env.world / (n_rows * cfg.max_new_tokens)
+
+            # text or conversations that the model should not forget; their gradients wait for those of the answers
+            if cfg.ptx_coef:
+                number = step * cfg.ppo_epochs * cfg.minibatches + update
+                x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
+                net.require_backward_grad_sync = False
+                with env.autocast():
+                    ptx_logps = token_logps(net(x), model.head_weight, y, weights)
+                ptx_loss = -(weights * ptx_logps).sum()
+                (cfg.ptx_coef * ptx_loss * env.world).backward()
+                stats["ptx_loss"] += ptx_loss.item() * env.world
+
+            # a minibatch in parts that fit into memory; their gradients add up
+            parts = rows.split(cfg.batch_size)
+            for part in parts:
+                b = {name: tensor[part] for name, tensor in batch.items()}         # (rows, T) or (rows)
+                net.require_backward_grad_sync = part is parts[-1]  # exchange gradients in the last backward pass
+                with env.autocast():
+                    hidden = net(b["ids"])                                         # (rows, T, C)
+                    logps = token_logps(hidden, model.head_weight, b["targets"], b["mask"], cfg.temperature)
+                loss, ratio = policy_loss(logps, b["logps"], b["advantages"], b["mask"], cfg)
+                kl = (k3(logps, b["ref_logps"]) * b["mask"]).sum()
+                if cfg.advantage == "rloo":
+                    kl = kl.detach()  # it is part of the reward already
+                ((loss + cfg.kl_coef * kl) * weight).backward()
+                # what to watch: how many ratios were clipped
+                outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
+                stats["policy_loss"] += loss.item() * weight
+                stats["loss_kl"] += kl.item() * weight
+                stats["clip_share"] += (outside * b["mask"]).sum().item() * weight
+                if update == 0:
+                    # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
+                    off = (ratio.detach() - 1).abs() * b["mask"]
+                    first_ratio_error = max(first_ratio_error, off.max().item())
+
+            # clip, step, and make room for the next gradients
+            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+            check_finite(norm, cfg, env)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            stats["norm"] += norm
+        step += 1
+        seconds = time.perf_counter() - began
+
+        # one line in the log: what the answers were like, what was learned, where the time went
+        totals = all_sum(list(stats.values()), env)
+        record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
+        record["first_ratio_error"] = first_ratio_error
+        record["lr"] = lr
+        record["generate_share"] = (generated - began) / seconds
+        record["score_share"] = (scored - generated) / seconds
+        record["seconds"] = seconds
+        measure = step == cfg.max_steps or step % cfg.eval_every == 0
+        if measure:
+            # a score that rises while val_kl runs away is the reward being fooled: read the answers
+            record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+        log(cfg, env, step, record)
+        if measure:
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+    if step < cfg.max_steps:
+        # stopped: the last finished step is not lost
+        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+    finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
