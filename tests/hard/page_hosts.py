@@ -45,7 +45,7 @@ globalThis.T = new Tokenizer(about.vocabulary);
 // a worker in this thread
 const scope = { postMessage: data => {
   if (data.error) throw Error(data.error);
-  if (data.part) heard(data.part);
+  if (data.part) heard(structuredClone(data.part));  // as between two threads
 } };
 let heard, number = 0;
 serve(scope);
@@ -121,12 +121,16 @@ class Chromium:
 
     def open(self, path, wait_for="#app:not([hidden])"):
         self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("console", self.hear)
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path if "://" in path else f"file://{os.path.abspath(path)}")
         self.page.wait_for_selector(wait_for)
         return self
+
+    def hear(self, message):
+        if message.type in ("error", "warning", "log"):  # not a browser's advice on passwords
+            self.said.append(message.text)
 
     def ask(self, requests):
         return json.loads(self.page.evaluate(ASK, requests))

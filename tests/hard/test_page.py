@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import tokenizer
-from common import load_model, load_reward_model, save_checkpoint
+from common.checkpoint import load_model, load_reward_model, save_checkpoint
 from configurator import load_config
-from generate import filter_logits, generate
+from common.generate import filter_logits, generate
 from model import ModelConfig, ScalarModel, Transformer
 from oracles import random_model
 from page_hosts import Chromium, Node, chromium, read_page
@@ -34,7 +34,7 @@ JUDGE = os.environ.get("PAGE_REWARD", "")
 QUESTION = [{"role": "user", "content": "床前明月光"}]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     with chromium() as browser:
         yield browser
@@ -173,7 +173,7 @@ def lines_of(n):
     """Return n lines that are easy, odd or broken: poems and traps cut and put together anew, and any characters."""
     numbers = random.Random(0)
     bits = [trap[:40] for trap in TRAPS] + POEMS + list("床前明月光，。1234567890 　▁\t\n'") + [
-        "'s", "'Ll", "'ſ", "don't", "\x85", "\xa0", "<|im_end|>", "system", "user", "assistant", "hell", "😀", "é", "½", "Ⅷ"]
+        "'s", "'Ll", "'ſ", "don't", "\x85", "\xa0", "<|im_end|>", "system", "user", "assistant", "hell", "😀", "é", "½", "Ⅷ", "<think>"]
     lines = []
     for _ in range(n):
         parts = numbers.choices(bits, k=numbers.randrange(6))
@@ -184,7 +184,7 @@ def lines_of(n):
 
 
 VOCABULARIES = [("node", "scores"), ("node", "dummy prefix"), ("node", "ranks"), ("node", "ranks, digits in threes"),
-                ("node", "trained"), ("chromium", "trained")]
+                ("node", "words and NFC"), ("node", "trained"), ("chromium", "trained")]
 
 
 @pytest.mark.parametrize("where,family", VOCABULARIES[-2:] if REAL else VOCABULARIES)
@@ -200,9 +200,12 @@ def test_ids_equal_the_tokenizers(where, family, request, tmp_path, tok_file, mo
         if "digits" in family:
             ranks = rank_file(path, size=len(ranks) + 10)
             monkeypatch.setitem(tokenizer.PATTERNS, len(ranks), tokenizer.LLAMA3_PATTERN)
+    elif family == "words and NFC":
+        settings = {"rule": tokenizer.GPT2_PATTERN, "nfc": True, "words": {"<think>": len(rank_file(path))}}
+        tokenizer.make_tokenizer(path.read_bytes(), settings, str(path)).save(path)
     tok = load_tokenizer(REAL[0] if REAL else tok_file if family == "trained" else str(path))
     paths = REAL or [save_run(tmp_path / "run", random_model("llama", vocab_size=tok.vocab_size), tok, "pretrain")]
-    lines = lines_of(10_000)
+    lines = lines_of(10_000 if REAL or (where, family) == ("node", "trained") else 2_000)
     texts = [*lines, *TRAPS, "a \ud83d b"]
     expected = [tok.encode(text) for text in texts]
     with opened_in(where, write_page(paths[:1], "", tmp_path / "page.html"), request, tmp_path) as host:
@@ -259,8 +262,9 @@ def test_the_file_holds_the_weights(make, kind):
                 assert not error.any(), name
             else:
                 # one scale serves all runs of the page: the largest weight of a row in any of them is 127 steps
-                step = max(d[key].abs().amax(1, keepdim=True) for d in dicts for key in d
-                           if key.removeprefix("trunk.") == name.removeprefix("trunk.")).max() / 127
+                plain = name.removeprefix("trunk.")
+                same = [d[key] for d in dicts for key in d if key.removeprefix("trunk.") == plain]
+                step = torch.stack(same).abs().amax((0, 2)).unsqueeze(1) / 127
                 assert (error <= 0.51 * step).all(), name
 
 
@@ -284,7 +288,8 @@ def test_logits_attention_and_lens_equal_torchs(host):
             for at, stat in enumerate(read[-1]["stats"][1:], 1):
                 assert stat["p"] == pytest.approx(p[at - 1, ids[at]].item(), rel=1e-3, abs=1e-9)
                 assert stat["bits"] == pytest.approx(-p[at - 1, ids[at]].log2().item(), abs=1e-3)
-                assert stat["rank"] == 1 + int((logits[at - 1] > logits[at - 1, ids[at]]).sum())
+                ahead = logits[at - 1] - logits[at - 1, ids[at]]
+                assert int((ahead > 1e-4).sum()) < stat["rank"] <= 1 + int((ahead > -1e-4).sum())
             for (guesses, stream) in zip(looked[0]["lens"], seen["streams"], strict=True):
                 lens = model.logits(model.norm(stream[0, -1])).softmax(-1)
                 for id, share in guesses:
@@ -330,7 +335,7 @@ def answer_job(run, prompt, **settings):
 def test_greedy_answers_equal_torchs(host):
     models, _ = quantised_models(host.made.page)
     tok = host.made.tok
-    prompts = prompts_of(tok, 50, 20)
+    prompts = prompts_of(tok, 50 if REAL else 10, 20)
     same = []
     for number, model in enumerate(models):
         said = host.ask([answer_job(number, prompt) for prompt in prompts])
@@ -402,7 +407,7 @@ def test_runs_that_the_page_cannot_show(tmp_path, tok_file, monkeypatch):
     assert "experts is a mixture of experts" in refused([experts])
     with monkeypatch.context() as patch:
         patch.setattr(page, "LARGEST", 1e4)
-        assert "poems has 0.0 M parameters" in refused(paths)
+        assert "poems has 0 M parameters" in refused(paths)
     assert "foreign has another vocabulary" in refused([paths[0], foreign])
     said = refused([paths[0], str(tmp_path / "absent"), str(tmp_path / "gone")], judge)
     assert "absent" in said and "gone" in said and paths[0] + "," not in said
@@ -530,7 +535,7 @@ def test_attention_and_layers(opened, made):
     page.wait_for_selector("#maps button")
     heads = page.locator("#maps button")
     assert heads.count() == config.n_layers * config.n_heads
-    chips(page).nth(3).hover()
+    chips(page).nth(3).click()
     wait(page, "state.looked && state.looked.at === 3")
     page.locator("#maps button[data-head='1']").click()
     ids = shown_ids(opened)
@@ -552,10 +557,9 @@ def test_from_an_answer_to_its_tokens(opened, made):
     page.fill("#question", "床前")
     page.click("#ask")
     cards = page.locator("#answers .card")
-    wait(page, "document.querySelectorAll('#answers .score .number').length === writers.length"
-                           if judge else "!document.querySelector('#answers .writing')")
+    wait(page, "document.querySelector('#answers .card:last-child .note').textContent.includes('ln')")
     assert cards.count() == len(paths)
-    if judge:
+    if judge and page.locator("#answers .score .number").count():  # an answer that fills the model is not scored
         assert page.locator("#answers .score.best").count() >= 1
     card = cards.nth(len(paths) - 1)
     texts = card.locator(".text span")
@@ -567,7 +571,8 @@ def test_from_an_answer_to_its_tokens(opened, made):
     prompt = render_chat(tok, [{"role": "user", "content": "床前"}], add_generation_prompt=True)[0]
     ids = shown_ids(opened)
     assert page.evaluate("state.view") == "tokens" and ids[:len(prompt)] == prompt
-    assert len(ids) == len(prompt) + n and page.evaluate("focus()") == len(ids) - 1
+    room = page.evaluate("roomOf(state.run)")
+    assert len(ids) == min(len(prompt) + n, room) and page.evaluate("focus()") == len(ids) - 1
     assert page.evaluate("state.run") == len(paths) - 1 and page.input_value("#run") == str(len(paths) - 1)
 
 
