@@ -83,9 +83,9 @@ def records(kind):
                 yield {"prompt": question, "split": split}
 
 
-def make_data(kind):
+def make_data(kind, name=""):
     """Return the folder of a small data set, prepared when it is missing."""
-    name = "learn" if kind == "text" else f"learn-{kind}"
+    name = name or ("learn" if kind == "text" else f"learn-{kind}")
     folder = os.path.join("data", name)
     if os.path.exists(os.path.join(folder, "meta.json")):
         return folder
