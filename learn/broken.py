@@ -22,10 +22,10 @@ import common.generate
 import common.loss
 import common.optim
 import common.rollout
+import common.rows
 import dpo
 import grpo
 import model as model_file
-import prepare
 import pretrain
 import sft
 import tokenizer as tokenizer_file
@@ -229,7 +229,7 @@ RIGHT_MAKE_OPTIMIZERS = common.optim.make_optimizers
 
 def renders_with(wrong):
     """render_chat under the two names by which data are made and read."""
-    return ((tokenizer_file, "render_chat", wrong), (prepare, "render_chat", wrong))
+    return ((tokenizer_file, "render_chat", wrong), (common.rows, "render_chat", wrong))
 
 
 CASES = {

@@ -77,8 +77,7 @@ def records(kind):
                 yield {"messages": turns, "split": split}
             if kind == "pairs":
                 # the right line, the line of another poem, the question said back
-                responses = [answer, other, question[1:6] + "。"]
-                yield {"prompt": question, "responses": responses, "ranks": [1, 2, 3], "split": split}
+                yield {"prompt": question, "answers": [answer, other, question[1:6] + "。"], "split": split}
             if kind == "prompts":
                 yield {"prompt": question, "split": split}
 
