@@ -3,9 +3,9 @@ import signal
 
 import pytest
 import torch
+from small_runs import SIGNALS, place, play  # noqa: F401 (fixtures for all tests)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,12 @@
 What the tests of the stages share: one folder with data of every kind and tiny runs to start from, the settings of a run
 that takes a second, and comparisons of runs. Not a test file.
 """
+import copy
 import dataclasses
 import gc
 import importlib
 import json
+import math
 import os
 import signal
 
@@ -14,12 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common.rollout
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.data import Split
 from common.distributed import Env
-from conftest import SIGNALS
+from common.generate import generate
 from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import render_chat, train_tokenizer
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 STAGES = ["pretrain", "sft", "reward", "ppo", "grpo", "dpo"]
 TALKS = [("春夜", "山中一夜雨，树杪百重泉。"), ("你是谁？", "我是明月。"), ("守株待兔是什么意思？", "比喻妄想不劳而得。"),
@@ -229,3 +234,63 @@ def spy(monkeypatch, module, name):
 
     monkeypatch.setattr(module, name, call)
     return calls
+
+
+# ---------------------------------------------------------------------------- reinforcement learning on toy models
+
+
+def toy_models(vocab=16, head_std=0.0):
+    """A policy whose tokens are all as likely (head_std 0: the optimum then has a closed form), its copy, and a critic."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=vocab, dim=32, n_layers=1, n_heads=2, max_seq_len=16, tie_embeddings=False)
+    actor, reference = Transformer(config), Transformer(config)
+    torch.nn.init.normal_(actor.lm_head.weight, std=head_std)
+    reference.load_state_dict(actor.state_dict())
+    return actor, reference.requires_grad_(False), ScalarModel(config)
+
+
+def count_small(documents):
+    """A reward: how many of the answer's tokens are below 4."""
+    return torch.tensor([float(sum(t < 4 for t, m in zip(ids, mask) if m)) for ids, mask in documents])
+
+
+@pytest.fixture
+def play(monkeypatch, tmp_path, place):
+    """A function that runs ppo or grpo on given models, prompts (one after the other, from the first) and rewards, and
+    returns the checkpoint and the log. stop: the id that ends an answer; -1: none does."""
+    def play(stage, models, prompts=((5,),), stop=-1, scorer=count_small, **changes):
+        toy = dict(batch_size=32, max_new_tokens=8, ppo_epochs=2, minibatches=2, kl_coef=0.5, lr=3e-3, min_lr=3e-4,
+                   warmup_steps=1, max_steps=1, seed=1, no_eos_penalty=0.0, eval_prompts=0, device="cpu", reward="given",
+                   out_dir=str(tmp_path / str(len(os.listdir(tmp_path)))))
+        toy |= dict(critic_lr=3e-3) if stage.STAGE == "ppo" else {}
+        actor, reference, critic = models
+        loaded = iter([actor, reference])
+        idx = np.cumsum([0] + [len(p) for p in prompts])
+        train = Split(np.array([t for p in prompts for t in p]), None, idx, None, {})
+        val = Split(np.zeros(0), None, np.zeros(1, dtype=np.int64), None, {})
+        words = copy.copy(place[1])
+        words.im_end_id = words.eot_id = stop
+        words.pad_id = 0
+        monkeypatch.setattr(stage, "load_model", lambda *_: (next(loaded), words, {}))
+        monkeypatch.setattr(stage, "load_reward_model", lambda *_: critic)
+        monkeypatch.setattr(stage, "function_scorer", lambda *_: scorer)
+        monkeypatch.setattr(stage, "open_data", lambda *_, **__: (train, val, {}))
+        monkeypatch.setattr(common.rollout, "shuffled", lambda n, first, count, seed: np.arange(first, first + count) % n)
+        return run(stage.Config(**{**toy, **changes}))
+
+    return play
+
+
+def gibbs_error(models, temperature=1.0, kl_coef=0.5, n=2000):
+    """How far the policy is from the optimum of E[count_small] - kl_coef * KL, the Gibbs distribution
+    pi = q exp(reward / kl_coef) / Z (Korbak et al. 2022), at the place where it is farthest.
+
+    The reward counts tokens below 4, so every place is alike: p* = q e^(1/c) / (q e^(1/c) + 1 - q), whatever came before.
+    """
+    actor, reference, _ = models
+    rows = torch.tensor(generate(actor, [[5]] * n, 8, temperature=temperature, seed=7))
+    ids = torch.cat([torch.full((n, 1), 5), rows], dim=1)[:, :-1]
+    p, q = ((model.logits(model(ids)) / temperature).softmax(-1)[:, :, :4].sum(-1).detach() for model in (actor, reference))
+    factor = math.exp(1 / kl_coef)
+    best = q * factor / (q * factor + 1 - q)
+    return (p - best).mean(0).abs().max().item()

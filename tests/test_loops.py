@@ -5,7 +5,7 @@ import os
 
 import pytest
 from conftest import ROOT
-from small_runs import STAGES, assert_same, gradient, place, read_log, run, settings  # noqa: F401
+from small_runs import STAGES, assert_same, gradient, read_log, run, settings
 
 LOOP = ["DistributedDataParallel", "backward", "clip_grad_norm_", "step", "zero_grad", "save"]
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from small_runs import CPU, make_run, place, refused, run, settings, write_folder, write_pairs  # noqa: F401
+from small_runs import CPU, make_run, refused, run, settings, write_folder, write_pairs
 from small_runs import ranked_answers
 
 from common.data import open_data, open_mixed

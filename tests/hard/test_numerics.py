@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import C, KINDS, T, V, random_model
-from small_runs import CPU, forget_run, place, run, settings  # noqa: F401
+from small_runs import CPU, forget_run, run, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.loss as loss_file
@@ -160,8 +160,9 @@ def test_no_gradient_is_lost_in_fp16(learned_tokens):
     assert rows.max() < 0.01
 
 
-def test_generate_in_bfloat16_autocast(model):
+def test_generate_in_bfloat16_autocast():
     """The cache takes the autocast dtype; nearly all greedy tokens agree with fp32."""
+    model = random_model("llama_gqa", 3)
     prompts = torch.randint(0, V, (64, 6)).tolist()
     wanted = generate(model, prompts, 1, temperature=0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -324,7 +325,7 @@ def test_without_a_compiler_it_runs_uncompiled(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stage", [pretrain, sft])
-def test_nothing_is_compiled_after_the_second_step(place, tmp_path, monkeypatch, fresh_dynamo, stage):  # noqa: F811
+def test_nothing_is_compiled_after_the_second_step(place, tmp_path, monkeypatch, fresh_dynamo, stage):
     """Training and measuring have a graph each; later steps use them as they are, whatever their rows hold."""
     cfg = settings(place[0], stage.__name__, str(tmp_path), max_steps=6, eval_every=2, compile=True)
     # the compiler proper takes long, and does not decide what is compiled anew
@@ -339,7 +340,7 @@ def test_nothing_is_compiled_after_the_second_step(place, tmp_path, monkeypatch,
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_equals_eager(place, tmp_path):  # noqa: F811
+def test_compiled_equals_eager(place, tmp_path):
     losses = {}
     for compile in (False, True):
         cfg = settings(place[0], "pretrain", f"{tmp_path}/{compile}", max_steps=4, n_layers=1, compile=compile)
