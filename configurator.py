@@ -144,48 +144,34 @@ def run_file(path):
 
 def read_value(Config, key, value, where):
     """Return `value` in the type of the field `key`: a string is parsed, a value of Python is taken as it is."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    fields = {f.name: f.type for f in dataclasses.fields(Config)}
     if key not in fields:
         near = difflib.get_close_matches(key, fields, n=1)
         hint = f", did you mean '{near[0]}'?" if near else ""
         fail(f"no setting '{key}'{hint} (from {where}; --help lists them all)")
-    wanted = fields[key].type
-    if get_origin(wanted) is Literal:
-        choices = get_args(wanted)
-        check(value in choices, f"{key}={value!r} (from {where}): known are {', '.join(map(str, choices))}")
+    kind = fields[key]
+    if get_origin(kind) is Literal:
+        check(value in get_args(kind), f"{key}={value!r} (from {where}): known are {', '.join(get_args(kind))}")
         return value
-    kind = wanted
-    words = WORDS.get(wanted)
+    words = WORDS.get(kind)
     allowed = None
-    if get_origin(wanted) is Annotated:
-        kind, words, allowed = get_args(wanted)
+    if get_origin(kind) is Annotated:
+        kind, words, allowed = get_args(kind)
     error = f"{key} wants {words}, got {value!r} (from {where})"
-    value = parse(value, kind, error)
-    check(allowed is None or allowed(value), error)
-    return value
-
-
-def parse(value, kind, error):
-    """Return `value` as kind (bool, int, float or str), or exit with `error`."""
-    if kind is str:
-        check(isinstance(value, str), error)
-        return value
-    if isinstance(value, str):
-        value = value.strip()
+    if isinstance(value, str) and kind is not str:
         try:
-            value = ast.literal_eval(value.title() if kind is bool else value)  # true is True
+            value = float(value) if kind is float else ast.literal_eval(value.strip().title())  # true is True
         except (ValueError, SyntaxError, TypeError):
-            check(value in ("inf", "-inf", "nan"), error)
-            value = float(value)
-    if kind is bool:
-        check(isinstance(value, (bool, int)) and value in (0, 1), error)
-        return bool(value)
-    check(isinstance(value, (int, float)) and not isinstance(value, bool), error)
-    check(kind is float or value == value // 1, error)  # 1e5 is a fine int, 0.5 is not
+            fail(error)
+    # 0 and 1 may stand for False and True, but not the other way round; 1e5 is a fine int, 0.5 is not
+    taken = {bool: (bool, int), int: (int, float), float: (int, float), str: str}[kind]
+    check(isinstance(value, taken) and isinstance(value, bool) <= (kind is bool), error)
     try:
-        return kind(value)
-    except OverflowError:
+        same = kind(value)
+    except (OverflowError, ValueError):  # int(nan), float(10 ** 400)
         fail(error)
+    check((same == value or kind is float) and (allowed is None or allowed(same)), error)
+    return same
 
 
 def changed(cfg):

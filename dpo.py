@@ -26,7 +26,7 @@ from common.checkpoint import catch_signals, find, finish, load_model, log, own,
 from common.data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
 from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
 from common.lora import start_lora
-from common.loss import answer_logps, cross_entropy
+from common.loss import answer_logps, token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from configurator import Count, NonNegative, Positive, Share, Whole, run
 
@@ -74,6 +74,16 @@ class Config:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bf16 where it is fast
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "label_smoothing": "loss=cdpo",
+    "simpo_gamma": "loss=simpo",
+    "ptx_dir": "ptx_coef",
+    "ptx_rows": "ptx_coef",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank"}
 
 
 def best_against_each(sizes, device="cpu"):
@@ -228,7 +238,7 @@ def main(cfg):
     trim_log(cfg, env, step)
     if env.is_main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
-        print(f"{model.count()[0]:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
               f"{epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop
@@ -243,7 +253,8 @@ def main(cfg):
             x, y, weights = mixed_rows(ptx, step, cfg.ptx_rows, cfg.seed, pad_id, env)
             net.require_backward_grad_sync = False
             with env.autocast():
-                ptx_loss = cross_entropy(net(x), model.head_weight, y, weights)
+                ptx_logps = token_logps(net(x), model.head_weight, y, weights)
+            ptx_loss = -(weights * ptx_logps).sum()
             env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
 
         # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them

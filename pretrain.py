@@ -22,10 +22,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_checkpoint, log, own, restore, save, trim_log
 from common.data import open_data
 from common.distributed import all_sum, can_compile, check_finite, micro_steps, shard_model, start
-from common.generate import generate
 from common.loss import cross_entropy, text_loss
 from common.optim import lr_at, make_optimizers, set_lr
 from configurator import Count, Fraction, NonNegative, Positive, Whole, check, run
@@ -91,6 +90,16 @@ class Config:
     seed: Whole = 1234
 
 
+# settings that change nothing without another one
+NEEDS = {
+    "adam_lr": "optimizer=muon",
+    "momentum": "optimizer=muon",
+    "n_active_experts": "n_experts",
+    "n_shared_experts": "n_experts",
+    "expert_hidden_dim": "n_experts",
+    "first_dense": "n_experts"}
+
+
 def get_batch(tokens, cfg, step, micro_step, device):
     """Return inputs and targets of a micro-step, (B, T) each: rows that begin anywhere in the text.
 
@@ -118,15 +127,21 @@ def model_config(cfg, vocab_size):
     return ModelConfig(64 * math.ceil(vocab_size / 64), **shape)
 
 
+@torch.no_grad()
 def print_sample(model, tokenizer, cfg, env):
-    """Print one sampled continuation of sample_start (after the token that begins every document)."""
-    prompt = [tokenizer.eot_id] + tokenizer.encode(cfg.sample_start)
-    prompt = prompt[:cfg.seq_len // 2]
-    new_tokens = min(100, cfg.seq_len - len(prompt))
-    stop_ids = [tokenizer.eot_id]
-    with env.autocast():
-        new = generate(model, [prompt], new_tokens, temperature=0.8, top_p=0.95, stop_ids=stop_ids, seed=cfg.seed)
-    print(f"sample: {cfg.sample_start}{tokenizer.decode(new[0], skip_special=True)}", flush=True)
+    """Print a continuation of sample_start, made in the plainest way: for every new token all tokens so far go through
+    the model. common/generate.py does the same faster, with a cache."""
+    ids = tokenizer.encode_start(cfg.sample_start)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    with env.autocast(), torch.compiler.set_stance("force_eager"):  # no compiling for every new length
+        for _ in range(min(100, cfg.seq_len - len(ids))):
+            hidden = model(torch.tensor([ids], device=env.device))                 # (1, T, C)
+            # what may follow the last token; at a temperature below 1 the likely tokens become likelier
+            probs = (model.logits(hidden[0, -1]) / 0.8).softmax(-1)                # (V)
+            ids.append(torch.multinomial(probs.cpu(), 1, generator=generator).item())
+            if ids[-1] == tokenizer.eot_id:
+                break
+    print(f"sample: {tokenizer.decode(ids, skip_special=True)}", flush=True)
 
 
 def main(cfg):
@@ -142,12 +157,18 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:
-        model, base_tokenizer, _ = load_model(cfg.init_from)
-        check(base_tokenizer.fingerprint == tokenizer.fingerprint, f"{cfg.init_from} has another tokenizer than "
-              f"{cfg.data_dir}. Prepare the text with --tokenizer={cfg.init_from}/tokenizer.model")
+        # go on with a trained model, in its own shape
+        base = load_checkpoint(cfg.init_from)
+        check(base["fingerprint"] == tokenizer.fingerprint and not base.get("lora"), f"{cfg.init_from} has another "
+              f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
+              "merge adapters with python -m tools.export --to=merged")
+        config = ModelConfig(**base["model_config"])
+        model = Transformer(config)
+        model.load_state_dict(base["model"], strict=True)
+        del base
     else:
-        model = Transformer(model_config(cfg, tokenizer.vocab_size))
-    config = model.config
+        config = model_config(cfg, tokenizer.vocab_size)
+        model = Transformer(config)
     cfg.seq_len = cfg.seq_len or config.max_seq_len
     check(cfg.seq_len <= config.max_seq_len, f"seq_len={cfg.seq_len} is more than the model can see, max_seq_len="
           f"{config.max_seq_len}. Lower the first or raise the second")
@@ -179,7 +200,7 @@ def main(cfg):
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
     if env.is_main:
         epochs = cfg.max_steps * tokens_a_step / len(train.tokens)
-        print(f"{model.count()[0]:,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = {epochs:.2f} "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = {epochs:.2f} "
               f"epochs of {cfg.data_dir}")
         if len(val.tokens) < 2:
             print(f"no held-out text: {cfg.data_dir} gives no validation loss, so there will be no best.pt")

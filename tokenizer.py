@@ -4,7 +4,7 @@ Text to token ids and back: train a vocabulary, load an existing one, lay out a 
     python tokenizer.py data/poems "床前明月光"        # print the pieces and their ids
 
 in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3, GLM-4, cl100k), told
-     apart by content
+     apart by content; or a folder of transformers with a tokenizer.json (readers/hf_tokenizer.py)
 out: token ids. Every vocabulary has the four SPECIAL_TOKENS; encode() never yields one, whatever a text says
 
 How a vocabulary is learned from text, byte pair by byte pair: recipes/bpe.py.
@@ -15,19 +15,22 @@ import codecs
 import collections
 import hashlib
 import io
+import json
 import os
 import re
 import sys
+import unicodedata
 
 import sentencepiece
 import tiktoken
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
-# How tiktoken cuts text before it merges. The rank files come without it, so it is told by the number of ranks.
+# How tiktoken cuts a text before it merges. The rank files come without it, so it is told by the number of ranks.
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits in threes
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # minimind, too
 LLAMA3_RANKS = 128_000
 PATTERNS = {
     151_643: QWEN_PATTERN,
@@ -40,31 +43,55 @@ LLAMA3_SPECIALS = (
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
 
+# What a vocabulary file does not say of itself stands in a line before it, as JSON; see Tokenizer.settings.
+HEADER = b'{"mingyue": '
+
 
 class Tokenizer:
     """A vocabulary and its chat tokens, made by load_tokenizer() or train_tokenizer().
 
     vocab_size counts the chat tokens. fingerprint is the sha256 of everything that decides the ids: data and weights
     belong together when their fingerprints are equal.
+
+    settings: what comes from elsewhere than the file, empty for most vocabularies: "rule" that cuts the text, "nfc"
+    (composes accents first), "tokens" {name: id} that no text yields, "words" {name: id} that a text does yield
+    (<think>), the names "start" that open a document and the name "end" that ends one.
     """
 
-    def __init__(self, data, encode, pieces, specials, rule="", dummy_prefix=False, unk_id=None):
-        self.data = data                    # the vocabulary file's own bytes; save() writes them back unchanged
+    def __init__(self, raw, encode, pieces, specials, rule="", dummy_prefix=False, unk_id=None, settings=None):
+        self.raw = raw                      # the vocabulary file's own bytes
+        self.settings = settings or {}
         self._encode = encode               # text -> ids of the base vocabulary
-        self.pieces = dict(enumerate(pieces))   # id -> bytes
+        self.pieces = dict(pieces)          # id -> bytes
+        self.rule = rule                    # the regular expression that cuts a text before pieces are merged
         self.dummy_prefix = dummy_prefix    # whether encoding puts a space before the text
         self.unk_id = unk_id                # what unknown characters become; None: they are spelled in bytes
-        specials = dict(specials)           # name -> id
-        size = max([len(pieces), *(i + 1 for i in specials.values())])
-        for name in SPECIAL_TOKENS:         # a foreign vocabulary gets the ones it lacks, after its own ids
+        self.words = self.settings.get("words", {})
+        self._find_words = re.compile("(%s)" % "|".join(map(re.escape, sorted(self.words, key=len, reverse=True))))
+        specials = {**specials, **self.settings.get("tokens", {})}  # name -> id
+        end = self.settings.get("end", SPECIAL_TOKENS[0])
+        names = (end, *SPECIAL_TOKENS[1:])
+        size = 1 + max([*self.pieces, *specials.values(), *self.words.values()])
+        for name in names:                  # a foreign vocabulary gets the ones it lacks, after its own ids
             if name not in specials:
                 specials[name] = size
                 size += 1
         self.vocab_size = size
         self.special_names = {i: name for name, i in specials.items()}
-        self.pieces.update((i, name.encode()) for i, name in self.special_names.items())
-        self.eot_id, self.im_start_id, self.im_end_id, self.pad_id = (specials[name] for name in SPECIAL_TOKENS)
-        self.fingerprint = hashlib.sha256(data + repr((rule, sorted(specials.items()))).encode()).hexdigest()
+        self.pieces.update((i, name.encode()) for name, i in [*specials.items(), *self.words.items()])
+        self.eot_id, self.im_start_id, self.im_end_id, self.pad_id = (specials[name] for name in names)
+        self.start_ids = [specials[name] for name in self.settings.get("start", [end])]
+        rules = (rule, sorted(specials.items()))
+        if self.words or self.settings.get("nfc"):
+            rules += (sorted(self.words.items()), self.settings.get("nfc"))
+        self.fingerprint = hashlib.sha256(raw + repr(rules).encode()).hexdigest()
+
+    @property
+    def data(self):
+        """The bytes that save() writes: the vocabulary file, behind the line of settings where there are some."""
+        if not self.settings:
+            return self.raw
+        return HEADER + json.dumps(self.settings, ensure_ascii=False).encode() + b"}\n" + self.raw
 
     def encode(self, text):
         """Ids of `text`, never a special token: "<|im_end|>" typed by a user stays ten ordinary characters."""
@@ -72,16 +99,27 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:          # half of a surrogate pair (broken JSON, a terminal) is no character
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encode(text)
+        if not self.words:
+            return self._encode(text)
+        ids = []
+        for part in self._find_words.split(text):
+            ids += [self.words[part]] if part in self.words else self._encode(part)
+        return ids
+
+    def encode_start(self, text):
+        """Ids of a document's beginning, for a model to go on with: what opens a document, then the text."""
+        return self.start_ids + self.encode(text) or [self.eot_id]
 
     def decode_bytes(self, ids, skip_special=False):
         """The bytes the ids stand for. An id beyond the vocabulary (padding rows of a model) becomes U+FFFD."""
         special = self.special_names if skip_special else ()
         return b"".join(self.pieces.get(int(i), b"\xef\xbf\xbd") for i in ids if int(i) not in special)
 
-    def decode(self, ids, skip_special=False):
-        text = self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.dummy_prefix else text
+    def decode(self, ids, skip_special=False, is_start=True):
+        """The text of ids; where it ends in half a character, without that. is_start=False: it goes on with another
+        text, so its first word keeps its space."""
+        decoder = StreamDecoder(self, skip_special, is_start)
+        return decoder.show(self.decode_bytes(ids, skip_special))
 
     def save(self, path):
         with open(path, "wb") as f:
@@ -90,22 +128,20 @@ class Tokenizer:
 
 class StreamDecoder:
     """Decodes ids as they are generated. A Chinese character is often split over two or three tokens, so push() holds
-    back bytes until a character is whole; all pushes and flush() joined equal tok.decode() of the ids.
-    To go on after a prompt, push the prompt first and drop what it returns."""
+    back bytes until a character is whole; all pushes joined equal tok.decode() of the ids. Half a character at the end
+    is never shown. is_start=False: the ids go on with another text."""
 
-    def __init__(self, tok, skip_special=False):
+    def __init__(self, tok, skip_special=False, is_start=True):
         self.tok = tok
         self.skip_special = skip_special
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.at_start = tok.dummy_prefix
+        self.at_start = is_start and tok.dummy_prefix
 
     def push(self, id):
-        return self._strip(self.utf8.decode(self.tok.decode_bytes([id], self.skip_special)))
+        return self.show(self.tok.decode_bytes([id], self.skip_special))
 
-    def flush(self):
-        return self._strip(self.utf8.decode(b"", final=True))
-
-    def _strip(self, text):
+    def show(self, data):
+        text = self.utf8.decode(data)
         if self.at_start and text:
             self.at_start = False
             return text.removeprefix(" ")
@@ -137,6 +173,13 @@ def render_chat(tok, messages, add_generation_prompt=False):
         ids += header
         mask += [0] * len(header)
     return ids, mask
+
+
+def render_document(tok, text):
+    """Ids of a document in the stream that pretraining reads: its text and what ends it. The end of one document opens
+    the next, unless the vocabulary has another token for that."""
+    opening = [] if tok.start_ids == [tok.eot_id] else tok.start_ids
+    return opening + tok.encode(text) + [tok.eot_id]
 
 
 def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piece_length=16,
@@ -192,37 +235,55 @@ def _training_lines(texts, max_characters):
 
 
 def load_tokenizer(path):
-    """Open a vocabulary: a sentencepiece model, a tiktoken rank file, or a folder with either as tokenizer.model."""
+    """Open a vocabulary: a sentencepiece model, a tiktoken rank file, a folder with either as tokenizer.model, or a
+    folder of transformers."""
+    path = os.fspath(path)
+    folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+        from readers.hf_tokenizer import read_folder
+        data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
+        return make_tokenizer(data, settings, folder)
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.model")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, "
-                                "or a folder that holds tokenizer.model")
+        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, a folder "
+                                "that holds tokenizer.model, or one of transformers (tokenizer.json)")
     with open(path, "rb") as f:
         data = f.read()
+    settings = {}
+    if data.startswith(HEADER):
+        line, data = data.split(b"\n", 1)
+        settings = json.loads(line)["mingyue"]
+    return make_tokenizer(data, settings, path)
+
+
+def make_tokenizer(data, settings, path):
+    """Return the Tokenizer of a vocabulary file's bytes and of what else is known of it; path: for errors."""
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
-        return _load_tiktoken(data, path)
-    return _load_sentencepiece(data, path)
+        return _load_tiktoken(data, settings, path)
+    if data.startswith(b"{"):
+        from readers.hf_tokenizer import load_library
+        return Tokenizer(data, **load_library(data, path), specials={}, settings=settings)
+    return _load_sentencepiece(data, settings, path)
 
 
-def _load_sentencepiece(data, path):
+def _load_sentencepiece(data, settings, path):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as e:
-        raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken rank file (a tokenizer.json of "
-                         "transformers cannot be read: take the .model beside it)") from e
-    pieces = []
+        raise ValueError(f"{path} is neither a sentencepiece model, nor a tiktoken rank file, nor a tokenizer.json") from e
+    pieces = {}
     specials = {}
     for i in range(sp.vocab_size()):
         piece = sp.id_to_piece(i)
         if sp.is_control(i):
             specials[piece] = i
         if sp.is_byte(i):                           # written "<0xE5>"
-            pieces.append(bytes([int(piece[3:5], 16)]))
+            pieces[i] = bytes([int(piece[3:5], 16)])
         elif sp.is_unknown(i):
-            pieces.append(" ⁇ ".encode())
+            pieces[i] = " ⁇ ".encode()
         else:
-            pieces.append(piece.replace("▁", " ").encode())
+            pieces[i] = piece.replace("▁", " ").encode()
 
     encode = sp.encode
     unk_id = sp.unk_id() if sp.piece_to_id("<0xE2>") == sp.unk_id() else None
@@ -238,10 +299,11 @@ def _load_sentencepiece(data, path):
                 ids += underline + sp.encode(part)
             return ids
 
-    return Tokenizer(data, encode, pieces, specials, dummy_prefix=sp.normalize("a") == "▁a", unk_id=unk_id)
+    dummy_prefix = sp.normalize("a") == "▁a"
+    return Tokenizer(data, encode, pieces, specials, "", dummy_prefix, unk_id, settings)
 
 
-def _load_tiktoken(data, path):
+def _load_tiktoken(data, settings, path):
     ranks = {}
     for number, line in enumerate(data.splitlines(), 1):
         if line:
@@ -250,33 +312,42 @@ def _load_tiktoken(data, path):
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: not a base64 token and its rank, but {line[:60]!r}") from e
-    pieces = sorted(ranks, key=ranks.get)
+    pieces = {rank: token for token, rank in ranks.items()}
+    specials = dict(settings.get("tokens", {}))
+    others = [*specials.values(), *settings.get("words", {}).values()]      # may stand before the ranks and among them
+    gaps = set(range(max(pieces))) - set(pieces) - set(others)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or sorted(ranks.values()) != list(range(len(pieces))):
+    if missing or gaps or len(pieces) < len(ranks):
         raise ValueError(f"{path}: not a whole rank file: ranks must run from 0 without gaps, and all 256 bytes be "
                          f"there ({len(missing)} bytes are missing)")
-    # Of an unknown family the tokens tell whether digits were cut one by one, as Qwen does.
-    pattern = PATTERNS.get(len(pieces))
-    if pattern is None:
-        several = [piece for piece in pieces if re.fullmatch(rb" ?\d\d+", piece)]
-        if several:
-            raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells"
-                             " how this vocabulary cuts text. Known are Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 "
-                             "(151,329) and cl100k (100,256)")
-        pattern = QWEN_PATTERN
-    specials = {}
-    if len(pieces) == LLAMA3_RANKS:
+    pattern = settings.get("rule") or _pattern(pieces, path)
+    if len(pieces) == LLAMA3_RANKS and "tokens" not in settings:
         specials = {name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIALS)}
     bpe = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(text):
+        if settings.get("nfc"):
+            text = unicodedata.normalize("NFC", text)
         ids = []
         # in slices, as Llama 3 does: a million spaces at once overflow the stack of tiktoken's regex
         for start in range(0, len(text), 400_000):
             ids += bpe.encode_ordinary(text[start:start + 400_000])
         return ids
 
-    return Tokenizer(data, encode, pieces, specials, rule=pattern)
+    return Tokenizer(data, encode, pieces, specials, pattern, settings=settings)
+
+
+def _pattern(pieces, path):
+    """How the vocabulary of a rank file cuts text. Of an unknown family the tokens tell whether it cuts digits one by
+    one, as Qwen does."""
+    if len(pieces) in PATTERNS:
+        return PATTERNS[len(pieces)]
+    several = [piece for piece in pieces.values() if re.fullmatch(rb" ?\d\d+", piece)]
+    if several:
+        raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells how "
+                         "this vocabulary cuts text. Known are Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 (151,329) "
+                         "and cl100k (100,256); of others give the folder with tokenizer.json")
+    return QWEN_PATTERN
 
 
 def main():

@@ -153,7 +153,9 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         return
     finite = all(weight.isfinite().all() for weight in [*weights.values(), *extra.get("critic", {}).values()])
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
-    save_tokenizer(os.path.join(cfg.out_dir, "tokenizer.model"), tokenizer)
+    path = os.path.join(cfg.out_dir, "tokenizer.model")
+    tokenizer.save(path + ".tmp")
+    os.replace(path + ".tmp", path)
     save_checkpoint(os.path.join(cfg.out_dir, name), {
         "stage": stage,
         "step": step,
@@ -183,16 +185,6 @@ def save_checkpoint(path, checkpoint):
             os.remove(temporary)
         reason = str(error).splitlines()[0]
         check(False, f"cannot write {path} ({reason}). What was there before is whole: make room and run it again")
-
-
-def save_tokenizer(path, tokenizer):
-    """Write the vocabulary to path, unless it stands there already."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
-        if f.read() == tokenizer.data:
-            return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    tokenizer.save(path + ".tmp")
-    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------- load

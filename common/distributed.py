@@ -30,13 +30,12 @@ class Env:
     world: int
     device: torch.device
     dtype: torch.dtype
-    scaler: torch.amp.GradScaler = None  # keeps small fp16 gradients from vanishing; does nothing in bf16 and fp32
     signals: list = dataclasses.field(default_factory=list)
     lock: object = None  # the open file that keeps other processes out of out_dir
 
     def __post_init__(self):
-        if self.scaler is None:
-            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # keeps small fp16 gradients from vanishing; does nothing in bf16 and fp32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     @property
     def is_main(self):

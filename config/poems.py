@@ -25,10 +25,6 @@ warmup_steps = 50
 decay_steps = 450          # flat, then a linear fall
 weight_decay = 0.1
 
-anneal_dir = "data/poems-famous"  # 37 famous quatrains to know by heart: 4 of 16 rows in the last 250 steps
-anneal_steps = 250
-anneal_rows = 4
-
 eval_every = 350
 log_every = 25
 sample_start = "床前明月光"

@@ -1,7 +1,7 @@
 """
 What the poems' runs are measured by (python -m tools.evaluate poems). All of it was in no training part, but the recitals.
 
-in: out/<run>/ folders, data/poems/, data/poems-sft/, data/poems-pairs/, data/raw/poems-heldout/, data/raw/poems-famous/
+in: out/<run>/ folders, data/poems/, data/poems-sft/, data/poems-pairs/, data/raw/poems-heldout/, data/raw/poems/
 
 every run
     bits_per_byte     held-out poems, teacher-forced; lower is better, whatever the tokenizer
@@ -77,8 +77,8 @@ def repeats(text, length=6):
 
 
 def famous_quatrains(raw_dir="data/raw"):
-    """Return {title: body}; poems-famous has each in several layouts, the one with the form has all that is needed."""
-    path = os.path.join(raw_dir, "poems-famous", "train.jsonl")
+    """Return {title: body}; data/raw/poems/quatrains.jsonl has each in several layouts, the one with the form has all that is needed."""
+    path = os.path.join(raw_dir, "poems", "quatrains.jsonl")
     quatrains = {}
     if not os.path.exists(path):
         return quatrains
@@ -147,7 +147,7 @@ def idiom_document(tokenizer, word, explanation, chat):
             {"role": "user", "content": question},
             {"role": "assistant", "content": explanation}]
         return render_chat(tokenizer, turns)
-    head = [tokenizer.eot_id] + tokenizer.encode(f"成语：{word}\n释义：")
+    head = tokenizer.encode_start(f"成语：{word}\n释义：")
     body = tokenizer.encode(explanation)
     return head + body, [0] * len(head) + [1] * len(body)
 
@@ -190,14 +190,14 @@ def measure_free_samples(model, tokenizer, cfg, env):
     # nothing is given but the first word of a document, the form; title, author and poem are the model's own
     starts = []
     for form in FORMS:
-        starts.append([tokenizer.eot_id] + tokenizer.encode(f"{form}《"))
+        starts.append(tokenizer.encode_start(f"{form}《"))
     prompts = [starts[i % len(starts)] for i in range(FREE_SAMPLES)]
     new = answer_all(model, tokenizer, prompts, 0.8, cfg, env)
     equal = []
     for ids in new:
         heading, _, body = tokenizer.decode(ids, skip_special=True).partition("\n")
         equal.append(equal_lines(body))
-    start = [tokenizer.eot_id] + tokenizer.encode("床前明月光")
+    start = tokenizer.encode_start("床前明月光")
     new = generate(model, [start], 30, temperature=0, stop_ids=[tokenizer.eot_id])
     recital = tokenizer.decode(start[1:] + new[0], skip_special=True)
     return {"free_equal_lines": equal, "recital": recital}

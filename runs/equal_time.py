@@ -12,7 +12,7 @@ import tempfile
 
 def run(config, words, steps, out):
     subprocess.run([sys.executable, "pretrain.py", config, *words, f"--max_steps={steps}", f"--out_dir={out}",
-                    "--resume=False", "--anneal_steps=0", "--eval_every=1000000", "--log_every=1"],
+                    "--resume=False", "", "--eval_every=1000000", "--log_every=1"],
                    check=True, stdout=subprocess.DEVNULL)
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         return [json.loads(line) for line in f]

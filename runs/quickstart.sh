@@ -11,7 +11,6 @@ prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
 
 say "1. data: poems, a novel, idioms, riddles"
 prepare poems
-prepare poems-famous  # already there, unless the line above was interrupted
 
 say "2. pretraining"
 python pretrain.py config/poems.py "$@"

@@ -3,7 +3,7 @@ Continuous batching: answers that begin and end at different times, decoded toge
 
     engine = Engine(model, stop_ids, slots=16, queue=64, env=env)
     engine.thread.start()
-    engine.submit([Row(prompt, max_new_tokens, temperature, top_p, uniforms, top_logprobs=-1, put=print)])
+    engine.submit([Row(prompt, max_new_tokens, Sampling(temperature=0), uniforms, top_logprobs=-1, put=print)])
 
 tools/serve.py speaks HTTP for it. generate.py does the same for rows that begin together.
 
@@ -33,13 +33,21 @@ class Token(NamedTuple):
     likeliest: tuple = ()            # (id, log-prob) of the likeliest tokens, best first
 
 
+class Sampling(NamedTuple):
+    """How a row's tokens are drawn, as generate() takes it."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 @dataclass(eq=False)
 class Row:
     """One answer in the making."""
     prompt: list                     # token ids
     max_new_tokens: int              # with the prompt no more than the model's max_seq_len
-    temperature: float
-    top_p: float
+    sampling: Sampling
     uniforms: list                   # a number in [0, 1) for each new token
     top_logprobs: int                # how many likeliest tokens to report; -1: no log-probs at all
     put: Callable                    # is given each Token, then "stop" or "length"; an exception if the engine fails
@@ -195,13 +203,18 @@ class Engine:
         # rows with the same settings are filtered and drawn together
         groups = collections.defaultdict(list)
         for i, row in enumerate(rows):
-            groups[row.temperature, row.top_p].append(i)
+            groups[row.sampling].append(i)
         ids = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-        for (temperature, top_p), members in groups.items():
+        for sampling, members in groups.items():
+            seen = None
+            if sampling.repetition_penalty != 1.0:
+                seen = torch.zeros(len(members), logits.size(1), dtype=torch.bool, device=logits.device)
+                for line, i in enumerate(members):
+                    seen[line, rows[i].prompt + rows[i].new] = True
             # each row has drawn its numbers beforehand: one for every token it may get
             uniforms = torch.tensor([rows[i].uniforms[len(rows[i].new)] for i in members], device=logits.device)
-            allowed = filter_logits(logits[members], None, temperature, 0, top_p, 0.0, 1.0)
-            ids[members] = pick(allowed, uniforms, temperature)
+            allowed = filter_logits(logits[members], seen, *sampling)
+            ids[members] = pick(allowed, uniforms, sampling.temperature)
         # tell each client
         for i, (row, id) in enumerate(zip(rows, ids.tolist())):
             row.new.append(id)

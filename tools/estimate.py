@@ -8,7 +8,7 @@ in: data/<name>/ for the size of the vocabulary. Nothing is written.
 """
 import torch
 
-from tools.machine import GPU_TFLOPS
+from tools.machine import GPU_TFLOPS, count, flops_per_token
 from common.distributed import start
 from configurator import run
 from common.data import open_data
@@ -24,10 +24,10 @@ def main(cfg):
     # tensors on the meta device have a shape and no memory
     with torch.device("meta"):
         model = Transformer(model_config(cfg, meta["vocab_size"]))
-    total, active = model.count()
+    total, active = count(model)
     c = model.config
     tokens = cfg.max_steps * cfg.grad_accum * cfg.batch_size * cfg.seq_len
-    flops = model.flops_per_token(cfg.seq_len)
+    flops = flops_per_token(model, cfg.seq_len)
     # weights, gradients and two averages in fp32; Muon has one average, and copies of the matrices while it steps
     state = 16 * total
     # what the backward pass needs of a token in a block: inputs of its products, q, k, v before and after they are

@@ -1,7 +1,9 @@
-"""What a machine can do and what a run took of it: data sheets of GPUs, peak memory."""
+"""What a model costs and what a machine can do: parameters, FLOPs, data sheets of GPUs, peak memory."""
 import re
 
 import torch
+
+from model import MoE
 
 # dense bf16 TFLOP/s of common GPUs, from their data sheets (without sparsity)
 GPU_TFLOPS = {
@@ -28,3 +30,26 @@ def peak_memory(env):
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def count(model):
+    """Return (all parameters, parameters that multiply a token): without the input embedding and idle experts."""
+    total = sum(p.numel() for p in model.parameters())
+    active = total
+    if model.lm_head is not None:
+        # an embedding is looked up; only where it is the head as well does it multiply
+        active -= model.embed.weight.numel()
+    for module in model.modules():
+        if isinstance(module, MoE):
+            # a token goes through k of its E experts
+            routed = module.gate_up.numel() + module.down.numel()
+            active -= routed - routed * module.k // len(module.bias)
+    return total, active
+
+
+def flops_per_token(model, T):
+    """Training FLOPs a token: 6 a parameter, and causal attention's two matmuls over T/2 keys on average."""
+    # a parameter costs a multiplication and an addition forward, and twice as much backward (PaLM, appendix B)
+    c = model.config
+    attention = c.n_layers * c.n_heads * c.head_dim * T
+    return 6 * (count(model)[1] + attention)

@@ -7,47 +7,45 @@ Serve a run: an HTTP API like OpenAI's, and a page to chat in.
 
 in: out/<run>/ckpt.pt and tokenizer.model.
 
-A request becomes rows of tools/engine.py, which decodes all rows together in a thread of its own; a Choice turns the
-tokens of a row into what the client may see; Service sends it. Differences from OpenAI's API:
+A request passes the gate (tools/gate.py), is checked (tools/wire.py) and becomes rows of tools/engine.py, which decodes
+all rows together in a thread of its own; a Choice (tools/answers.py) turns the tokens of a row into what the client may
+see; Service sends it. Differences from OpenAI's API:
 1. One model answers, whatever name a request gives.
 2. max_tokens beyond the model's room is cut, not refused.
-3. Log-probs are the model's own, before temperature and top_p.
-4. Settings that are not here are refused where they would change the answer, fields nobody knows are passed over.
+3. Log-probs are the model's own, before temperature and filters.
+4. top_k, min_p and repetition_penalty are there, too, as in sample.py. Settings that are not here are refused where they
+   would change the answer; other fields nobody knows stand in the answer as "ignored".
+5. A page of any web site may use it, as long as --api_key asks for none.
 """
 import asyncio
 import contextlib
-import json
 import os
-import re
-import secrets
 import socket
 import sys
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 from common.checkpoint import load_model
 from common.distributed import start
-from configurator import Count, NonNegative, Whole, check, run
 from common.generate import draw_uniforms
-from recipes.schemas import call_tools, list_tools
-from tokenizer import StreamDecoder, render_chat
-from tools.engine import Engine, Full, Row, Token
+from configurator import Count, NonNegative, Whole, check, run
+from tokenizer import render_chat
+from tools.answers import ChatChoice, Choice
+from tools.engine import Engine, Full, Row, Sampling
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
+    from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import FileResponse, Response, StreamingResponse
-    from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
-    from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException
 except ImportError as error:
     sys.exit(f"error: tools/serve.py needs {error.name}: pip install fastapi uvicorn")
 
+from tools.gate import Gate, Refused, event, tell_errors, to_json
+from tools.wire import ChatRequest, CompletionRequest, chat_turns
+
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.html")
-MAX_BODY = 2 ** 24  # bytes of one request
 
 
 @dataclass
@@ -64,371 +62,11 @@ class Config:
     seed: int = 1234                 # of the machine; answers draw anew each time, unless a request names a seed
 
 
-# ---------------------------------------------------------------------------- text: what a client sees of the tokens
-
-
-def tail(text, words):
-    """Length of the longest end of `text` with which one of `words` begins: hold it back until more text has come."""
-    longest = 0
-    for word in words:
-        for length in range(1, len(word)):
-            if text.endswith(word[:length]):
-                longest = max(longest, length)
-    return longest
-
-
-# In what part of an answer we are → the tags that may end it → the part that they begin
-TAGS = {
-    "content": {"<think>": "reasoning_content", "<tool_call>": "tool_calls"},
-    "reasoning_content": {"</think>": "content"},
-    "tool_calls": {"</tool_call>": "content"},
-}
-
-
-class Parts:
-    """Tells the reasoning and the tool calls of an answer from its content. The text may come in pieces of any size."""
-
-    def __init__(self):
-        self.part = "content"
-        self.held = ""               # not yet given out
-        self.after_tag = False
-        self.n_calls = 0             # tool calls so far
-
-    def push(self, text, final):
-        """Take more text (final: the last); return what it adds to a message, as {field: text or list of calls}."""
-        self.held += text
-        fields = {}
-        while True:
-            # space around tags belongs to the tags: a model writes "</think>\n\n" before it answers
-            if self.after_tag:
-                self.held = self.held.lstrip()
-            tags = TAGS[self.part]
-            match = re.search("|".join(tags), self.held)
-            if match is None:
-                break
-            # the part before the tag is whole; go on behind the tag
-            self.add(fields, self.held[:match.start()].rstrip())
-            self.held = self.held[match.end():]
-            self.part = tags[match[0]]
-            self.after_tag = True
-        # No tag is left in `held`, but it may end with the beginning of one, or with space before one.
-        if final and self.part == "tool_calls":
-            # cut short, so it is no call, but text like other text
-            self.part = "content"
-            self.held = f"<tool_call>\n{self.held}"
-        if final:
-            self.add(fields, self.held)
-        elif self.part != "tool_calls":
-            shown = self.held[:len(self.held) - tail(self.held, tags)].rstrip()
-            self.add(fields, shown)
-            self.held = self.held[len(shown):]
-        return fields
-
-    def add(self, fields, text):
-        """Put text of the present part into fields."""
-        part = self.part
-        if part == "tool_calls":
-            call = self.read_call(text)
-            if call:
-                fields.setdefault(part, []).append(call)
-                return
-            # what is no call is shown as the model wrote it
-            part = "content"
-            text = f"<tool_call>\n{text}\n</tool_call>"
-        if text:
-            self.after_tag = False
-            fields[part] = fields.get(part, "") + text
-
-    def read_call(self, text):
-        """The call that a model wrote as {"name": …, "arguments": {…}}, in OpenAI's form; None where it is none."""
-        # the model may write anything: broken JSON, a list, a number for the name
-        try:
-            call = json.loads(text)
-            name = call["name"]
-            arguments = call.get("arguments", {})
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        index = self.n_calls
-        self.n_calls += 1
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        return {"index": index, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-
-
-class Choice:
-    """One answer of /v1/completions: takes tokens, gives text, ends at a stop string."""
-
-    def __init__(self, tokenizer, row, stops, index):
-        self.tokenizer = tokenizer
-        self.row = row
-        self.stops = stops
-        self.index = index
-        self.reason = None           # why it ended, in the words of the API
-        self.n_tokens = 0
-        self.held = ""               # not yet given out: it may be the beginning of a stop string
-        self.given = 0               # characters given out
-        self.tokens = []             # not yet given out: (number of characters before it, Token)
-        self.decoder = StreamDecoder(tokenizer, skip_special=True)
-
-    def push(self, item):
-        """Take what the engine put: a Token, or the reason of the end."""
-        if isinstance(item, Token):
-            self.n_tokens += 1
-            if item.id in (self.tokenizer.eot_id, self.tokenizer.im_end_id):
-                return               # it counts as a token, but says nothing
-            self.tokens.append((self.given + len(self.held), item))
-            self.held += self.decoder.push(item.id)
-        else:
-            self.reason = item
-            self.held += self.decoder.flush()
-        # Look for stop strings after each single token. After several at once another one might be found first, and the
-        # answer would depend on how fast its client reads.
-        found = [self.held.index(stop) for stop in self.stops if stop in self.held]
-        if found:
-            # the answer ends here, and the engine need not go on
-            self.held = self.held[:min(found)]
-            self.reason = "stop"
-            self.row.cancelled = True
-
-    def take(self):
-        """What is new since the last time, as a choice of the API's answer; None where nothing is."""
-        done = self.reason is not None
-        keep = 0 if done else tail(self.held, self.stops)
-        text = self.held[:len(self.held) - keep]
-        if not text and not done:
-            return None
-        self.held = self.held[len(text):]
-        self.given += len(text)
-        # a token goes out with the text that it begins; of those behind a stop string nobody hears
-        tokens = [token for begin, token in self.tokens if begin < self.given]
-        offsets = [begin for begin, _ in self.tokens[:len(tokens)]]
-        self.tokens = self.tokens[len(tokens):]
-        choice = {"index": self.index, **self.body(text, done), "logprobs": None, "finish_reason": self.reason}
-        if self.row.top_logprobs >= 0:
-            choice["logprobs"] = self.logprobs(tokens, offsets)
-        return choice
-
-    def body(self, text, done):
-        return {"text": text}
-
-    def logprobs(self, tokens, offsets):
-        likeliest = []
-        for token in tokens:
-            likeliest.append({self.name(id): logprob for id, logprob in token.likeliest})
-        return {"tokens": [self.name(token.id) for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": likeliest,
-                "text_offset": offsets}
-
-    def name(self, id):
-        """A token as text; a part of a character as its bytes."""
-        return self.tokenizer.decode_bytes([id]).decode(errors="backslashreplace")
-
-
-class ChatChoice(Choice):
-    """One answer of /v1/chat/completions: the same, but what is new stands in the fields of a message."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.parts = Parts()
-
-    def body(self, text, done):
-        delta = self.parts.push(text, final=done)
-        if self.reason == "stop" and self.parts.n_calls:
-            self.reason = "tool_calls"
-        return {"delta": delta}
-
-    def logprobs(self, tokens, offsets):
-        content = []
-        for token in tokens:
-            likeliest = [self.entry(id, logprob) for id, logprob in token.likeliest]
-            content.append({**self.entry(token.id, token.logprob), "top_logprobs": likeliest})
-        return {"content": content}
-
-    def entry(self, id, logprob):
-        return {"token": self.name(id), "logprob": logprob, "bytes": list(self.tokenizer.decode_bytes([id]))}
-
-
-# ---------------------------------------------------------------------------- requests, as they come over the wire
-
-
-# pydantic reads the JSON into these classes, checks types and ranges, and says what is wrong. Its words go to the
-# client.
-
-
-class Wire(BaseModel):
-    """A JSON object. Strict about types ("7" is no number); unknown fields are passed over."""
-    model_config = ConfigDict(strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, data):
-        # clients send null for what they do not set
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None}
-
-
-class StreamOptions(Wire):
-    include_usage: bool = False
-
-
-StopString = Annotated[str, StringConstraints(min_length=1)]  # an empty one would be found at once
-
-
-class Settings(Wire):
-    """What both kinds of completion may say."""
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: int = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
-    temperature: float = Field(None, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
-    n: int = Field(1, ge=1)
-    seed: int = Field(None, ge=-2 ** 63, lt=2 ** 63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def nothing_missing(cls, data):
-        # settings that are not here may be sent as long as they change nothing: zeros, empty objects
-        for name in ("logit_bias", "presence_penalty", "frequency_penalty", "echo", "suffix"):
-            if isinstance(data, dict) and data.get(name):
-                raise ValueError(f"{name} is not offered here")
-        return data
-
-
-class TextPart(Wire):
-    type: Literal["text"]
-    text: str
-
-
-class Function(Wire):
-    name: str
-    arguments: str = "{}"
-
-
-class ToolCall(Wire):
-    function: Function
-
-
-class Message(Wire):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
-    tool_calls: list[ToolCall] = []
-
-
-class Tool(Wire):
-    type: Literal["function"]
-    function: dict
-
-
-class ResponseFormat(Wire):
-    type: Literal["text"]
-
-
-class CompletionRequest(Settings):
-    prompt: str | list[str]          # no lists of token ids: these could hold control tokens
-    logprobs: int = Field(-1, ge=0, le=5)
-
-
-class ChatRequest(Settings):
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] = []
-    tool_choice: Literal["auto", "none"] = "auto"
-    response_format: ResponseFormat = None
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-
-
-def chat_turns(body):
-    """The messages of a request as turns of the chat template.
-
-    Tools, and calls of them, are text there: the text that prepare.py makes of those in a data set. What a model
-    thought in earlier turns is left out.
-    """
-    turns = []
-    for message in body.messages:
-        # a content is a text, or a list of parts that are texts
-        text = message.content
-        if isinstance(text, list):
-            text = "".join(part.text for part in text)
-        if message.tool_calls:
-            # after what the model said, if it said something
-            calls = call_tools([call.model_dump() for call in message.tool_calls])
-            text = f"{text}\n{calls}" if text else calls
-        # "developer" is a younger name for the same thing
-        role = "system" if message.role == "developer" else message.role
-        turns.append({"role": role, "content": text})
-    if body.tools and body.tool_choice == "auto":
-        # the tools on offer stand below the system message
-        offer = list_tools([tool.function for tool in body.tools])
-        if turns[0]["role"] == "system":
-            offer = f"{turns.pop(0)['content']}\n\n{offer}"
-        turns.insert(0, {"role": "system", "content": offer})
-    return turns
-
-
-# ---------------------------------------------------------------------------- HTTP
-
-
-class Refused(Exception):
-    """An error that goes to the client in OpenAI's form."""
-
-    def __init__(self, status, message, type="invalid_request_error", code=None, param=None):
-        self.status = status
-        self.error = {"error": {"message": message, "type": type, "param": param, "code": code}}
-
-    def response(self):
-        headers = {"Retry-After": "1"} if self.status == 429 else {}
-        return Response(to_json(self.error), self.status, headers, media_type="application/json")
-
-
-def to_json(value):
-    # half a surrogate pair, from an escape in JSON of a user or of the model, is no UTF-8: it becomes "?"
-    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
-
-
-def event(value):
-    """A server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-class Gate:
-    """Stands before the application and looks at the headers alone: who is refused here has sent a body for nothing."""
-
-    def __init__(self, app, api_key):
-        self.app = app
-        self.expected = f"Bearer {api_key}".encode() if api_key else None
-
-    async def __call__(self, scope, receive, send):
-        # the page and /health are open to all
-        app = self.app
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            refused = self.look_at(scope["method"], Headers(scope=scope))
-            if refused:
-                app = refused.response()
-        await app(scope, receive, send)
-
-    def look_at(self, method, headers):
-        given = headers.get("authorization", "").encode("latin-1")  # the bytes, as they came
-        # compare_digest takes equally long wherever the first difference is, so nobody can guess letter by letter
-        if self.expected and not secrets.compare_digest(given, self.expected):
-            return Refused(401, "wrong or missing API key (Authorization: Bearer …)", code="invalid_api_key")
-        # a body is read whole into memory, so its length must be known and have a limit
-        if "transfer-encoding" in headers:
-            return Refused(411, "say the length of the body (Content-Length)")
-        if int(headers.get("content-length", 0)) > MAX_BODY:
-            return Refused(413, f"a body has at most {MAX_BODY:,} bytes")
-        # Any web site can make its visitor's browser send text or a form to this machine, but not JSON.
-        if method == "POST" and not headers.get("content-type", "").startswith("application/json"):
-            return Refused(415, "send JSON, and the header Content-Type: application/json")
-
-
 class Job:
     """The choices of one request, and the queue through which the engine's thread hands over their tokens."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, body):
+        self.ignored = body.ignored()    # fields of the request that nobody read
         self.kind = kind                 # "chat.completion" or "text_completion"
         self.id = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -516,7 +154,7 @@ class Service:
         self.check(body, 1, sum(n_bytes(turn["content"]) for turn in turns))
         # encode() never yields a control token, whatever a text says: the template alone begins and ends turns
         prompt, _ = render_chat(self.tokenizer, turns, add_generation_prompt=True)
-        job = Job("chat.completion")
+        job = Job("chat.completion", body)
         for row in self.rows(job, body, prompt, body.top_logprobs if body.logprobs else -1):
             job.choices.append(ChatChoice(self.tokenizer, row, stop_strings(body), len(job.choices)))
         return await self.answer(job, body, request)
@@ -524,15 +162,11 @@ class Service:
     async def complete(self, body: CompletionRequest, request: Request):
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         self.check(body, len(texts), max(map(n_bytes, texts), default=0))
-        job = Job("text_completion")
+        job = Job("text_completion", body)
         for text in texts:
-            # the end-of-text token stands before every document, so it opens ours too
-            prompt = [self.tokenizer.eot_id] + self.tokenizer.encode(text)
+            prompt = self.tokenizer.encode_start(text)
             for row in self.rows(job, body, prompt, body.logprobs):
-                choice = Choice(self.tokenizer, row, stop_strings(body), len(job.choices))
-                for id in prompt:  # the text goes on, it does not begin: its first space stays
-                    choice.decoder.push(id)
-                job.choices.append(choice)
+                job.choices.append(Choice(self.tokenizer, row, stop_strings(body), len(job.choices)))
         return await self.answer(job, body, request)
 
     # ---- from a request to rows
@@ -560,10 +194,11 @@ class Service:
         temperature = self.cfg.temperature if body.temperature is None else body.temperature
         if temperature < 1e-5:
             temperature = 0.0  # logits divided by less could overflow; what they say is the same
+        sampling = Sampling(temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
         # answer i draws as row i of generate() would
         for uniforms in draw_uniforms(body.seed, body.n, max_new_tokens).tolist():
             put = job.receiver(len(job.choices))
-            yield Row(prompt, max_new_tokens, temperature, body.top_p, uniforms, top_logprobs, put)
+            yield Row(prompt, max_new_tokens, sampling, uniforms, top_logprobs, put)
 
     # ---- from rows to an answer
 
@@ -635,7 +270,8 @@ class Service:
         yield b"data: [DONE]\n\n"
 
     def head(self, job):
-        return {"id": job.id, "object": job.kind, "created": job.created, "model": self.name}
+        ignored = {"ignored": job.ignored} if job.ignored else {}
+        return {"id": job.id, "object": job.kind, "created": job.created, "model": self.name, **ignored}
 
 
 def n_bytes(text):
@@ -657,6 +293,8 @@ def make_app(service):
 
     app = FastAPI(title="mingyue", lifespan=lifespan)
     app.add_middleware(Gate, api_key=service.cfg.api_key)
+    # browsers ask first, from whatever page a client's program runs in; it stands before the gate to answer them
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     app.get("/")(service.page)
     app.get("/health")(service.health)
     app.get("/v1/models")(service.models)
@@ -664,32 +302,7 @@ def make_app(service):
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/completions")(service.complete)
 
-    # whatever goes wrong, the client gets OpenAI's form of an error
-
-    @app.exception_handler(Refused)
-    async def refused(request, error):
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request, error):
-        # of all that pydantic found wrong, the first: {"loc": ("body", "messages", 0, "role"), "msg": …}
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            return Refused(400, f"the body is not JSON: {first['ctx']['error']}").response()
-        place = [str(part) for part in first["loc"][1:]]
-        if not place:
-            return Refused(400, message).response()
-        return Refused(400, f"{'.'.join(place)}: {message}", param=place[0]).response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request, error):
-        return Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
-
-    @app.exception_handler(Exception)
-    async def our_fault(request, error):
-        return Refused(500, f"{type(error).__name__}: {error}", "server_error").response()
-
+    tell_errors(app)
     return app
 
 

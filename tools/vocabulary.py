@@ -1,20 +1,22 @@
 """
 The vocabularies that tokenizer.py reads, as other programs write them.
 
-    vocabulary(tok)        every piece with its score and kind: what a GGUF file holds
-    tokenizer_json(tok)    the dict of transformers' tokenizer.json
-    rank_file(dict)        the way back: a byte-level tokenizer.json (Qwen, Llama 3) as a tiktoken rank file
+    vocabulary(tok)               every piece with its score and kind: what a GGUF file holds
+    tokenizer_json(tok, start)    the dict of transformers' tokenizer.json; start: ids that it puts before a text
 
 Plain protobuf and JSON: no library of the other side is needed. A text must get the same ids on both sides, so a
-vocabulary that cannot promise that is refused.
+vocabulary that cannot promise that is refused. The way back: readers/hf_tokenizer.py.
 """
-import base64
 import json
 import struct
 from typing import NamedTuple
 
 from configurator import check
-from tokenizer import LLAMA3_PATTERN, LLAMA3_RANKS, QWEN_PATTERN
+from readers.hf_tokenizer import byte_letters
+from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN
+
+# what llama.cpp calls the rules by which tokenizer.py cuts a text
+LLAMA_CPP_RULES = {QWEN_PATTERN: "qwen2", LLAMA3_PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}
 
 # kinds of a piece, numbered as in sentencepiece and in GGUF
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -65,8 +67,12 @@ def protobuf_fields(message):
 
 
 def is_tiktoken(tok):
-    # a sentencepiece model begins with field 1, its first piece: byte 0x0A. A rank file begins with base64
-    return tok.data[:1] != b"\n"
+    return tok.rule != ""       # the rule that cuts a text; sentencepiece models have none
+
+
+def is_library(tok):
+    """Whether it is a tokenizer.json that only the tokenizers library understands."""
+    return tok.raw.startswith(b"{")
 
 
 def sentencepieces(tok):
@@ -77,7 +83,7 @@ def sentencepieces(tok):
     pieces = []
     trainer = {}
     normalizer = {}
-    for number, value in protobuf_fields(tok.data):
+    for number, value in protobuf_fields(tok.raw):
         if number == 1:
             piece = dict(protobuf_fields(value))
             pieces.append(Piece(piece[1].decode(), piece.get(2, 0.0), piece.get(3, NORMAL)))
@@ -96,30 +102,26 @@ def sentencepieces(tok):
     return pieces
 
 
-def byte_letters():
-    """Return {byte: letter}: GPT-2's way to write any bytes as visible text. Visible Latin-1 characters stand for
-    themselves, the other bytes for the letters from U+0100 on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible}
-    letters.update({byte: chr(256 + i) for i, byte in enumerate(hidden)})
-    return letters
-
-
 def vocabulary(tok):
     """Return every Piece of a Tokenizer, chat tokens included. Pieces of a rank file are written in byte_letters."""
-    pieces = []
+    check(not is_library(tok), "this vocabulary is a tokenizer.json that is neither byte-level BPE of a known kind nor "
+          "sentencepiece: it can be exported with --to=hf alone")
+    pieces = {}
     if is_tiktoken(tok):
         letters = byte_letters()
-        for i in range(count_ranks(tok)):
-            text = "".join(letters[byte] for byte in tok.pieces[i])
-            pieces.append(Piece(text, 0.0, NORMAL))
+        for i, token in tok.pieces.items():
+            pieces[i] = Piece("".join(letters[byte] for byte in token), 0.0, NORMAL)
     else:
-        pieces = sentencepieces(tok)
-    # what the file itself lacks, tokenizer.py has put behind it
-    for i in range(len(pieces), tok.vocab_size):
-        pieces.append(Piece(tok.special_names[i], 0.0, CONTROL))
-    return pieces
+        pieces.update(enumerate(sentencepieces(tok)))
+    # what the file itself lacks
+    pieces.update((i, Piece(name, 0.0, USER_DEFINED)) for name, i in tok.words.items())
+    pieces.update((i, Piece(name, 0.0, CONTROL)) for i, name in tok.special_names.items())
+    return [pieces.get(i, unused(i)) for i in range(tok.vocab_size)]
+
+
+def unused(i):
+    """An id that no text yields and no token has."""
+    return Piece(f"<|unused_{i}|>", 0.0, UNUSED)
 
 
 def merges(pieces):
@@ -141,35 +143,40 @@ def merges(pieces):
     return pairs
 
 
-def count_ranks(tok):
-    return len(tok.pieces) - len(tok.special_names)
-
-
-def tiktoken_pattern(n_ranks):
-    """Return (how a text is cut before merging, llama.cpp's name for it), chosen by the number of ranks as tokenizer.py
-    does: the files themselves do not say."""
-    return (LLAMA3_PATTERN, "llama-bpe") if n_ranks == LLAMA3_RANKS else (QWEN_PATTERN, "qwen2")
-
-
 # ---------------------------------------------------------------------------- tokenizer.json
 
 
-def tokenizer_json(tok):
+def added_token(i, name, is_special):
+    """An entry of added_tokens: found in a text before any merging; special ones only where the caller allows it."""
+    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return {"id": i, "content": name, "special": is_special, **flags}
+
+
+def put_before(tok, start):
+    """The step of tokenizer.json that puts the tokens `start` (ids) before a text."""
+    names = [tok.special_names[i] for i in start]
+    opening = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in zip(names, start)}
+    return {"type": "TemplateProcessing", "single": [*opening, first], "pair": [*opening, first, second],
+            "special_tokens": tokens}
+
+
+def tokenizer_json(tok, start=()):
     """Return the vocabulary as the dict that transformers reads from tokenizer.json."""
+    if is_library(tok):
+        theirs = json.loads(tok.raw)
+        known = {token["id"] for token in theirs["added_tokens"]}
+        new = sorted(tok.special_names.keys() - known - set(theirs["model"]["vocab"].values()))
+        theirs["added_tokens"] += [added_token(i, tok.special_names[i], True) for i in new]
+        theirs["post_processor"] = put_before(tok, start) if start else None
+        return theirs
     pieces = vocabulary(tok)
     added = []
     for i, piece in enumerate(pieces):
         if piece.kind in (CONTROL, USER_DEFINED):
-            # found in the text before any merging; special ones only where the caller lets a text name them
-            added.append({
-                "id": i,
-                "content": piece.text,
-                "special": piece.kind == CONTROL,
-                "normalized": False,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-            })
+            added.append(added_token(i, piece.text, piece.kind == CONTROL))
     model = {
         "type": "BPE",
         "byte_fallback": False,
@@ -183,26 +190,23 @@ def tokenizer_json(tok):
     theirs = {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if tok.settings.get("nfc") else None,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": put_before(tok, start) if start else None,
         "decoder": None,
         "truncation": None,
         "padding": None,
         "model": model,
     }
     if is_tiktoken(tok):
-        pieces = pieces[:count_ranks(tok)]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        pattern, _ = tiktoken_pattern(count_ranks(tok))
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": tok.rule}, "behavior": "Isolated", "invert": False}
         theirs["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
         theirs["decoder"] = byte_level
         model["ignore_merges"] = True       # as tiktoken: a word that is a piece is taken whole
     else:
         # sentencepiece writes spaces as "▁". With real ones no normaliser is needed, and a "▁" in a text is no space
-        in_file = pieces[:len(sentencepieces(tok))]
-        pieces = [piece._replace(text=piece.text.replace("▁", " ")) for piece in in_file]
+        pieces = [piece._replace(text=piece.text.replace("▁", " ")) for piece in pieces]
         decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
         if tok.dummy_prefix:
             # such vocabularies (Llama 2) do take a "▁" for a space, and put one before the text
@@ -212,30 +216,8 @@ def tokenizer_json(tok):
         theirs["decoder"] = {"type": "Sequence", "decoders": decoders}
         model["byte_fallback"] = True
         model["unk_token"] = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
-    model["vocab"] = {piece.text: i for i, piece in enumerate(pieces)}
+    # tokens behind the last piece are the library's own to count; those before it are part of the vocabulary
+    last = max(i for i, piece in enumerate(pieces) if piece.kind not in (CONTROL, USER_DEFINED))
+    model["vocab"] = {piece.text: i for i, piece in enumerate(pieces[:last + 1])}
     model["merges"] = merges(pieces)
     return theirs
-
-
-def rank_file(theirs):
-    """Return the bytes of a tiktoken rank file for the dict of a byte-level tokenizer.json (Qwen, Llama 3)."""
-    model = theirs["model"]
-    special = {token["content"] for token in theirs["added_tokens"]}
-    ranks = {piece: i for piece, i in model["vocab"].items() if piece not in special}
-    rules = json.dumps(theirs.get("pre_tokenizer"))
-    pattern, _ = tiktoken_pattern(len(ranks))
-    check(model.get("type") == "BPE" and "ByteLevel" in rules and json.dumps(pattern) in rules,
-          "tokenizer.json is no byte-level BPE that cuts text as Qwen or Llama 3 do. If the model came with a "
-          "sentencepiece or rank file, put that beside it as tokenizer.model")
-    # tiktoken merges whatever makes the lowest id, so the ids must rise along the list of merges
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    merged = [ranks.get(left + right, -1) for left, right in pairs]
-    rising = merged == sorted(merged) and -1 not in merged
-    check(rising and sorted(ranks.values()) == list(range(len(ranks))),
-          "tokenizer.json numbers its tokens in another order than it merges them, so there is no rank file for it")
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    lines = []
-    for piece in sorted(ranks, key=ranks.get):
-        token = bytes(byte_of[letter] for letter in piece)
-        lines.append(base64.b64encode(token) + b" %d\n" % ranks[piece])
-    return b"".join(lines)

@@ -19,11 +19,12 @@ from common.generate import generate
 from common.lora import add_lora
 from model import ScalarModel
 from oracles import KINDS, config_of, random_model
-from tokenizer import QWEN_PATTERN, SPECIAL_TOKENS, load_tokenizer, render_chat, train_tokenizer
-from tools import export, vocabulary
+from readers import hf_tokenizer
+from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, load_tokenizer, render_chat, train_tokenizer
+from tools import export, from_hf, to_hf, vocabulary
 from tools.hf_names import config_from_hf, hf_config, hf_views
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from conftest import ROOT
 
 EXPORTED = {
     **{kind: {} for kind in KINDS},
@@ -154,8 +155,12 @@ def ranked(text, place):
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     theirs.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
         vocab_size=3000, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False))
-    (place / "ranks").write_bytes(vocabulary.rank_file({**json.loads(theirs.to_str()), "added_tokens": []}))
+    (place / "ranks").write_bytes(rank_file(json.loads(theirs.to_str())))
     return load_tokenizer(place / "ranks")
+
+
+def rank_file(theirs):
+    return hf_tokenizer.as_ranks(theirs, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN])[0]
 
 
 def library(tok):
@@ -196,7 +201,7 @@ def test_ids_equal_the_tokenizers_library(name, text, request):
 
 
 def test_rank_file_comes_back(ranked):
-    assert vocabulary.rank_file(vocabulary.tokenizer_json(ranked)) == ranked.data
+    assert rank_file(vocabulary.tokenizer_json(ranked)) == ranked.data
 
 
 def test_a_word_that_no_merges_lead_to(place):
@@ -207,7 +212,7 @@ def test_a_word_that_no_merges_lead_to(place):
     for text in ("abc", "abcd", "abc abc"):
         assert library(tok).encode(text).ids == tok.encode(text)
     assert tok.encode("abc") == [256]
-    assert vocabulary.rank_file(vocabulary.tokenizer_json(tok)) == tok.data
+    assert rank_file(vocabulary.tokenizer_json(tok)) == tok.data
 
 
 def test_foreign_vocabularies_are_refused(text, place):
@@ -303,7 +308,7 @@ def test_a_dummy_prefix_gets_no_chat_template(prefixed, place, capsys):
 def check_there_and_back(model, tok, lines, folder):
     """Logits, greedy tokens, ids; then the same tensors from our folder and from one that transformers has saved."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    export.write_hf(model, tok, "sft", folder)
+    to_hf.write_hf(model, tok, "sft", folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, tok.vocab_size, (2, 100))
     with torch.no_grad():
@@ -319,7 +324,7 @@ def check_there_and_back(model, tok, lines, folder):
     assert len(glob.glob(f"{folder}-again/*.safetensors")) > 1
     tok.save(f"{folder}-again/tokenizer.model")
     for source in (folder, f"{folder}-again"):
-        back, again, _ = export.read_hf(source)
+        back, again, _ = from_hf.read_hf(source)
         assert back.config == model.config and again.fingerprint == tok.fingerprint
         state = back.state_dict()
         assert list(state) == list(model.state_dict())
@@ -342,7 +347,7 @@ def test_biases_ask_which_vocabulary(tok, ranked, lines, place):
     theirs.model.layers[1].self_attn.o_proj.bias.data[3] = 1.0
     theirs.save_pretrained(f"{place}/as-llama")
     with pytest.raises(SystemExit, match="unknown: model.layers.1.self_attn.o_proj.bias"):
-        export.read_hf(f"{place}/as-llama")
+        from_hf.read_hf(f"{place}/as-llama")
 
 
 def test_views_are_the_model():
@@ -577,7 +582,7 @@ def test_commands(folder, tok, place, monkeypatch, capsys):
 def test_base_models_stay_base_models(tok, place):
     run = save_run(place / "base", make("qwen2", tok.vocab_size), tok, "pretrain")
     export.main(export.Config(run, out=f"{place}/base-hf"))
-    assert export.read_hf(f"{place}/base-hf")[2] == "pretrain"
+    assert from_hf.read_hf(f"{place}/base-hf")[2] == "pretrain"
     with open(f"{place}/base-hf/config.json", encoding="utf-8") as f:
         assert json.load(f)["eos_token_id"] == tok.eot_id
 
@@ -585,19 +590,19 @@ def test_base_models_stay_base_models(tok, place):
 def test_half_precision_is_read_exactly(tok, place):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     model = make("qwen3", tok.vocab_size).bfloat16().float()
-    export.write_hf(model, tok, "sft", f"{place}/bf16")
+    to_hf.write_hf(model, tok, "sft", f"{place}/bf16")
     transformers.AutoModelForCausalLM.from_pretrained(f"{place}/bf16", dtype=torch.bfloat16).save_pretrained(
         f"{place}/bf16-again")
     tok.save(f"{place}/bf16-again/tokenizer.model")
-    back, _, _ = export.read_hf(f"{place}/bf16-again")
+    back, _, _ = from_hf.read_hf(f"{place}/bf16-again")
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
 
 
 def test_vocabulary_from_tokenizer_json_alone(ranked, place):
     """As Qwen's folders come: no tokenizer.model."""
-    export.write_hf(make("qwen2", ranked.vocab_size), ranked, "sft", f"{place}/qwen")
+    to_hf.write_hf(make("qwen2", ranked.vocab_size), ranked, "sft", f"{place}/qwen")
     os.remove(f"{place}/qwen/tokenizer.model")
-    _, again, stage = export.read_hf(f"{place}/qwen")
+    _, again, stage = from_hf.read_hf(f"{place}/qwen")
     assert again.fingerprint == ranked.fingerprint and stage == "sft"
 
 
@@ -605,9 +610,9 @@ def test_new_chat_tokens_grow_the_model(prefixed, place, capsys):
     """As Llama 2's folders come: four chat tokens more than rows. The new rows are the mean of the old ones."""
     rows = prefixed.vocab_size - 4
     model = make("llama_gqa", rows)
-    export.write_hf(model, prefixed, "pretrain", f"{place}/grown")
+    to_hf.write_hf(model, prefixed, "pretrain", f"{place}/grown")
     os.remove(f"{place}/grown/tokenizer.json")
-    back, again, _ = export.read_hf(f"{place}/grown")
+    back, again, _ = from_hf.read_hf(f"{place}/grown")
     assert "4 tokens are new" in capsys.readouterr().out
     assert back.config.vocab_size == again.vocab_size == rows + 4
     for ours, old in ((back.embed.weight, model.embed.weight), (back.lm_head.weight, model.lm_head.weight)):
@@ -632,35 +637,35 @@ def test_new_chat_tokens_grow_the_model(prefixed, place, capsys):
     ("moe", {"rope_parameters": None, "partial_rotary_factor": None}, "partial_rotary_factor=0.5"),
 ])
 def test_what_cannot_be_imported(kind, changes, message, tok, tmp_path):
-    export.write_hf(make(kind, tok.vocab_size), tok, "sft", str(tmp_path))
+    to_hf.write_hf(make(kind, tok.vocab_size), tok, "sft", str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     config.update(changes)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(SystemExit, match=message):
-        export.read_hf(str(tmp_path))
+        from_hf.read_hf(str(tmp_path))
 
 
 def test_vocabularies_that_cannot_be_imported(tok, ranked, tmp_path):
-    export.write_hf(make("llama", tok.vocab_size), tok, "sft", str(tmp_path))
+    to_hf.write_hf(make("llama", tok.vocab_size), tok, "sft", str(tmp_path))
     os.remove(tmp_path / "tokenizer.model")
     with pytest.raises(SystemExit, match="no byte-level BPE"):
-        export.read_hf(str(tmp_path))
+        from_hf.read_hf(str(tmp_path))
     theirs = vocabulary.tokenizer_json(ranked)
     theirs["model"]["merges"].reverse()
     with pytest.raises(SystemExit, match="another order"):
-        vocabulary.rank_file(theirs)
-    export.write_hf(make("llama", ranked.vocab_size), ranked, "sft", str(tmp_path))
+        rank_file(theirs)
+    to_hf.write_hf(make("llama", ranked.vocab_size), ranked, "sft", str(tmp_path))
     theirs = json.loads((tmp_path / "tokenizer.json").read_text())
     theirs["added_tokens"][1]["id"] += 7
     (tmp_path / "tokenizer.json").write_text(json.dumps(theirs))
     with pytest.raises(SystemExit, match=r"<\|im_start\|> the id"):
-        export.read_hf(str(tmp_path))
+        from_hf.read_hf(str(tmp_path))
     os.remove(tmp_path / "tokenizer.json")
     os.remove(tmp_path / "tokenizer.model")
     with pytest.raises(SystemExit, match="has no vocabulary"):
-        export.read_hf(str(tmp_path))
+        from_hf.read_hf(str(tmp_path))
 
 
 def test_a_missing_package_is_named():
     with pytest.raises(SystemExit, match="needs the package no_such: pip install no_such"):
-        export.need("no_such.thing", "flying")
+        to_hf.need("no_such.thing", "flying")

@@ -27,11 +27,12 @@ from conftest import ROOT
 from common.generate import draw_uniforms, generate
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, render_chat, train_tokenizer
-from tools.engine import Engine, Full, Row, Token
+from tools.engine import Engine, Full, Row, Sampling, Token
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
-from tools.serve import PAGE, ChatChoice, Choice, Config, Parts, Service, make_app, tail  # noqa: E402
+from tools.answers import ChatChoice, Choice, Parts, tail  # noqa: E402
+from tools.serve import PAGE, Config, Service, make_app  # noqa: E402
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 ROOM = 96
@@ -71,9 +72,9 @@ def stops(tok):
     return [tok.im_end_id, tok.eot_id]
 
 
-def new_row(prompt, n, put=lambda item: None, seed=0, temperature=0.0, top_p=1.0, top_logprobs=-1):
+def new_row(prompt, n, put=lambda item: None, seed=0, top_logprobs=-1, temperature=0.0, **sampling):
     uniforms = draw_uniforms(seed, 1, n)[0].tolist()
-    return Row(prompt, n, temperature, top_p, uniforms, top_logprobs, put)
+    return Row(prompt, n, Sampling(temperature, **sampling), uniforms, top_logprobs, put)
 
 
 # ---------------------------------------------------------------------------- engine
@@ -96,7 +97,8 @@ def test_a_row_says_the_same_among_others_as_alone(tok, slots, changes):
         prompt = torch.randint(3, tok.vocab_size, (size,), generator=numbers).tolist()
         items = []
         n = int(torch.randint(1, ROOM - size + 1, (1,), generator=numbers))
-        sampling = {"temperature": (0.0, 0.0, 0.9)[i % 3], "top_p": (1.0, 0.8)[i % 2]}
+        sampling = {"temperature": (0.0, 0.0, 0.9)[i % 3], "top_p": (1.0, 0.8)[i % 2], "top_k": (0, 0, 0, 5)[i % 4],
+                    "min_p": (0.0, 0.1)[i % 2], "repetition_penalty": (1.0, 1.0, 1.3, 3.0)[i % 4]}
         rows.append(new_row(prompt, n, items.append, seed=i, **sampling))
         heard.append(items)
     waiting = list(rows)
@@ -108,8 +110,7 @@ def test_a_row_says_the_same_among_others_as_alone(tok, slots, changes):
         assert min(shifts) < 0 < max(shifts)
     reasons = set()
     for i, (row, items) in enumerate(zip(rows, heard)):
-        alone = generate(model, [row.prompt], row.max_new_tokens, temperature=row.temperature, top_p=row.top_p, seed=i,
-                         stop_ids=stops(tok))[0]
+        alone = generate(model, [row.prompt], row.max_new_tokens, seed=i, stop_ids=stops(tok), **row.sampling._asdict())[0]
         assert [item.id for item in items[:-1]] == alone
         assert items[-1] == ("stop" if alone[-1] in stops(tok) else "length")
         reasons.add(items[-1])
@@ -419,7 +420,7 @@ def test_completion_goes_on_with_texts(live, tok, model):
     wanted = []
     for text in texts:
         new = generate(model, [[tok.eot_id] + tok.encode(text)], 12, temperature=0, stop_ids=stops(tok))[0]
-        wanted.append(tok.decode_bytes(new, skip_special=True).decode(errors="replace"))
+        wanted.append(tok.decode(new, skip_special=True, is_start=False))
     status, answer = ask(port, "/v1/completions", prompt=texts)
     assert status == 200 and answer["object"] == "text_completion"
     assert [choice["text"] for choice in answer["choices"]] == wanted
@@ -583,7 +584,17 @@ BAD = [
     (dict(messages=user("x"), n=10 ** 30), 400, "n"),
     (dict(messages=user("x"), seed=2 ** 63), 400, "seed"),
     (dict(messages=user("x"), stop=""), 400, "stop"),
-    (dict(messages=user("x"), stop=["a"] * 5), 400, "stop"),
+    (dict(messages=user("x"), stop=["a"] * 65), 400, "stop"),
+    (dict(messages=user("x"), max_tokens=-2), 400, "max_"),
+    (dict(messages=user("x"), min_p=1.5), 400, "min_p"),
+    (dict(messages=user("x"), top_k=-2), 400, "top_k"),
+    (dict(messages=user("x"), repetition_penalty=0), 400, "repetition_penalty"),
+    (dict(messages=user("x"), frequency_penalty=0.5), 400, "frequency_penalty=0.5 is not offered here"),
+    (dict(messages=user("x"), typical_p=0.2), 400, "typical_p=0.2 is not offered here; what is: "),
+    (dict(messages=user("x"), use_beam_search=True), 400, "use_beam_search"),
+    (dict(messages=user("x"), stop_token_ids=[3]), 400, "stop_token_ids"),
+    (dict(messages=user("x"), functions=[{"name": "f"}]), 400, "functions"),
+    (dict(messages=user("x"), guided_regex="a+"), 400, "guided_regex"),
     (dict(messages=user("x"), logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (dict(messages=user("x"), logit_bias={"3": 1}), 400, "logit_bias"),
     (dict(messages=user("x"), response_format={"type": "json_object"}), 400, "response_format"),
@@ -635,9 +646,6 @@ def test_what_is_no_request(live, tok):
         assert response.status == status and word in error["message"], (path, body[:20], error)
     lone = b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}'    # half a surrogate pair
     assert send(port, chat, lone).status in (200, 400)
-    with socket.create_connection(("127.0.0.1", port)) as s:  # no length: how long it gets nobody knows
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert b" 411 " in s.recv(1000)
     assert json.loads(send(port, "/v1/models", None, "GET").read())["data"][0]["id"] == "tiny"
     assert json.loads(send(port, "/v1/models/tiny", None, "GET").read())["max_model_len"] == ROOM
     assert health(port)["status"] == "ok"

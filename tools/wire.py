@@ -1,0 +1,163 @@
+"""
+The requests of tools/serve.py, as they come over the wire.
+
+pydantic reads the JSON into these classes, checks types and ranges, and says what is wrong. Its words go to the client.
+A setting that nobody here reads is refused where it would change the answer; of other fields nobody knows, the answer
+says that they were ignored.
+"""
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from readers.calls import call_tools, list_tools
+
+# what clients send besides, and what is true of every answer here
+HARMLESS = {
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "parallel_tool_calls", "modalities", "cache_prompt", "keep_alive", "id_slot",
+    "timings_per_token", "return_progress", "include_reasoning", "session_id", "chat_id"}
+# fields by which other servers change an answer, though their values are texts or objects
+CONSTRAINTS = {
+    "logit_bias", "suffix", "grammar", "json_schema", "structured_outputs", "functions", "function_call", "prediction",
+    "chat_template", "audio", "thinking"}
+# values of settings elsewhere that change nothing
+NEUTRAL = {"typical_p": 1, "tfs_z": 1, "best_of": 1, "length_penalty": 1, "num_beams": 1, "do_sample": True}
+UNLIMITED = {"max_tokens": 2 ** 62, "max_completion_tokens": 2 ** 62, "top_k": 0}  # what -1 says of each
+
+
+class Wire(BaseModel):
+    """A JSON object. Strict about types ("7" is no number); unknown fields are passed over."""
+    model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, data):
+        # clients send null for what they do not set
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None}
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+
+
+StopString = Annotated[str, StringConstraints(min_length=1)]  # an empty one would be found at once
+
+
+class Settings(Wire):
+    """What both kinds of completion may say."""
+    model_config = ConfigDict(strict=True, extra="allow")
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    temperature: float = Field(None, ge=0, le=2)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, ge=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=100, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty"))
+    n: int = Field(1, ge=1)
+    seed: int = Field(None, ge=-2 ** 63, lt=2 ** 63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=64)] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def heard(cls, data):
+        """Refuse settings that nobody here reads and that would change the answer."""
+        if not isinstance(data, dict):
+            return data
+        known = {*cls.model_fields, "max_completion_tokens", "repeat_penalty"}
+        for name in sorted(data.keys() - known - HARMLESS):
+            if is_setting(name, data[name]):
+                raise ValueError(f"{name}={data[name]!r:.40} is not offered here; what is: {', '.join(sorted(known))}")
+        # -1: no limit, as other servers say
+        unlimited = {name: value for name, value in UNLIMITED.items() if is_minus_one(data.get(name))}
+        return {**data, **unlimited}
+
+    def ignored(self):
+        """Names of the fields that say something and that nobody here reads."""
+        return sorted(name for name, value in self.model_extra.items() if value and name not in HARMLESS)
+
+
+def is_setting(name, value):
+    """Whether an unknown field may be meant to change the answer: a number, a yes, a list, or one known to. Names and
+    notes of the client's own pass."""
+    if not value or name in NEUTRAL and value == NEUTRAL[name]:
+        return False
+    return isinstance(value, (bool, int, float, list)) or name in CONSTRAINTS or name.startswith("guided_")
+
+
+def is_minus_one(value):
+    return value == -1 and type(value) is int
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Wire):
+    name: str
+    arguments: str | dict = "{}"
+
+
+class ToolCall(Wire):
+    function: Function
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] = ""
+    tool_calls: list[ToolCall] = []
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: dict
+
+
+class ResponseFormat(Wire):
+    type: Literal["text"]
+
+
+class CompletionRequest(Settings):
+    prompt: str | list[str]          # no lists of token ids: these could hold control tokens
+    logprobs: int = Field(-1, ge=0, le=5)
+
+
+class ChatRequest(Settings):
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    response_format: ResponseFormat = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+
+def chat_turns(body):
+    """The messages of a request as turns of the chat template.
+
+    Tools, and calls of them, are text there: the text that prepare.py makes of those in a data set. What a model
+    thought in earlier turns is left out.
+    """
+    turns = []
+    for message in body.messages:
+        # a content is a text, or a list of parts that are texts
+        text = message.content
+        if isinstance(text, list):
+            text = "".join(part.text for part in text)
+        if message.tool_calls:
+            # after what the model said, if it said something
+            calls = call_tools([call.model_dump() for call in message.tool_calls])
+            text = f"{text}\n{calls}" if text else calls
+        # "developer" is a younger name for the same thing
+        role = "system" if message.role == "developer" else message.role
+        turns.append({"role": role, "content": text})
+    if body.tools and body.tool_choice == "auto":
+        # the tools on offer stand below the system message
+        offer = list_tools([tool.function for tool in body.tools])
+        if turns[0]["role"] == "system":
+            offer = f"{turns.pop(0)['content']}\n\n{offer}".lstrip()
+        turns.insert(0, {"role": "system", "content": offer})
+    return turns
