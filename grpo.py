@@ -4,9 +4,10 @@ as good as its lead over the other answers to the same prompt (DeepSeekMath, sec
 
     python grpo.py config/poems_grpo.py                                            # a rule as the reward
     python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
+    python grpo.py config/sums_grpo.py --reward= --teacher=out/sums-grpo --out_dir=out/sums-taught    # a teacher, token by token
     torchrun --standalone --nproc_per_node=4 grpo.py config/poems_grpo.py --grad_accum=4
 
-in:  out/<sft run>, a reward function or out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
+in:  out/<sft run>, a reward function, out/<reward run> or a teacher, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
 
     one prompt ──▶ eight answers ──▶ eight scores        1   0   0   1   0   0   0   0     mean 0.25
@@ -40,7 +41,7 @@ from common.rollout import (
     all_logps, check_minibatches, check_prompts, evaluate,
     function_scorer, k3, make_batch, minibatch_rows,
     model_scorer, must_stop, rollout, step_prompts,
-    summary)
+    summary, teacher_scorer)
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -58,6 +59,7 @@ class Config:
     # reward
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
     reward_from: str = ""                   # or a run of reward.py
+    teacher: str = ""                       # or a run that judges each token (on-policy distillation), and is the reference
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
@@ -152,16 +154,23 @@ def main(cfg):
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
-    check(G > 1, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
-    check(bool(cfg.reward) != bool(cfg.reward_from), "give either --reward=FILE.py:FUNCTION or --reward_from=RUN")
+    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
+    judges = [name for name in (cfg.reward, cfg.reward_from, cfg.teacher) if name]
+    check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
+          f"{len(judges)}: {', '.join(judges)}")
     check_minibatches(cfg.minibatches, cfg.batch_size * G)
 
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
     model, tokenizer, _ = load_model(cfg.init_from, env.device)
-    reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+    reference.requires_grad_(False)
+    check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+          f"{cfg.init_from}: one that was trained on the same kind of data folder can teach it")
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer, env)
+    elif cfg.teacher:
+        scorer = teacher_scorer(reference, tokenizer.pad_id, env)
     else:
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
@@ -173,7 +182,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, model.config.max_seq_len)
+    check_prompts((train, val), cfg, min(model.config.max_seq_len, reference.config.max_seq_len))
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
@@ -218,8 +227,13 @@ def main(cfg):
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
-        # every token of an answer gets the answer's advantage
-        batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask    # (B, T)
+        if cfg.teacher:
+            # a judge for every token: how much likelier the teacher finds it than the policy did. Its mean over the
+            # policy's own answers is -KL(policy || teacher), which is what distillation wants to be 0
+            batch["advantages"] = (batch["ref_logps"] - batch["logps"]) * mask              # (B, T)
+        else:
+            # every token of an answer gets the answer's advantage
+            batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
         if cfg.skip_flat_groups:
             # nothing can be learned where all answers are worth the same: such tokens do not count in the means
             flat = scores.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
