@@ -35,6 +35,7 @@ from common.checkpoint import (
     save, trim_log)
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
+from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import (
@@ -63,6 +64,10 @@ class Config:
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
+    # adapters (common/lora.py): with them the model is the policy, without them the reference
+    lora_rank: Whole = 0                    # 0: train all weights
+    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # advantages
     advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
     group_size: Count = 8                   # answers a prompt, at least 2
@@ -100,6 +105,8 @@ class Config:
 
 # settings that change nothing without another one
 NEEDS = {
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -162,11 +169,17 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
-    model, tokenizer, _ = load_model(cfg.init_from, env.device)
-    reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
-    reference.requires_grad_(False)
-    check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
-          f"{cfg.init_from}: one that was trained on the same kind of data folder can teach it")
+    model, tokenizer, base = load_model(cfg.init_from, env.device)
+    if cfg.teacher or not cfg.lora_rank:
+        reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+        reference.requires_grad_(False)
+        check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+              f"{cfg.init_from}: their probabilities cannot be compared")
+    if cfg.lora_rank:
+        start_lora(model, cfg, base["model"])
+        if not cfg.teacher:
+            reference = WithoutAdapters(model)
+    del base
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer, env)
     elif cfg.teacher:

@@ -1,12 +1,14 @@
-"""On-policy distillation (grpo.py --teacher): what its advantage is the gradient of, and a student that follows."""
+"""What grpo.py can also do: a teacher that judges each token (on-policy distillation), and adapters (LoRA)."""
 import os
 
 import pytest
 import torch
-from pairs import make_run, place, read_log, write_folder  # noqa: F401 - place is a fixture
+from pairs import check_ten_and_ten, make_run, place, read_log, write_folder  # noqa: F401 - place is a fixture
 
 import grpo
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
+from common.lora import WithoutAdapters, add_lora
+from model import ModelConfig, Transformer
 from tokenizer import render_chat
 
 
@@ -59,3 +61,37 @@ def test_a_reward_or_a_teacher(folders, tmp_path):
                       teacher=f"{folders}/teacher", reward="recipes/sums.py:right")
     with pytest.raises(SystemExit, match="give one of"):
         grpo.main(cfg)
+
+
+def test_without_its_adapters_a_model_is_its_base():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, max_seq_len=32))
+    ids = torch.randint(0, 64, (2, 9))
+    base = model(ids)
+    add_lora(model, 4, 8.0, "qkv|out|gate_up|down")
+    for name, p in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    adapted = model(ids)
+    assert torch.equal(WithoutAdapters(model)(ids), base) and not torch.allclose(adapted, base)
+    assert torch.equal(model(ids), adapted)
+
+
+def test_adapters_learn_by_rl_over_a_frozen_base(folders, tmp_path):
+    """One model is policy and reference: KL is 0 before the first step, the first ratio 1; the checkpoint holds adapters
+    alone, and what load_model() merges is another model. 10 + 10 steps are 20."""
+    rule = tmp_path / "rule.py"
+    rule.write_text("def score(prompt, answer):\n    return answer.count('月')\n")
+    cfg = grpo.Config(
+        data_dir=f"{folders}/prompts", init_from=f"{folders}/base", out_dir=f"{tmp_path}/run", reward=f"{rule}:score",
+        group_size=4, batch_size=4, max_new_tokens=6, lora_rank=2, lr=3e-2, min_lr=3e-2, warmup_steps=1, eval_every=10,
+        device="cpu")
+    check_ten_and_ten(grpo, cfg)
+    first, *steps = read_log(cfg.out_dir)
+    assert first["val_kl"] == 0 and all(record["first_ratio_error"] == 0 for record in steps)
+    checkpoint = load_checkpoint(cfg.out_dir)
+    assert checkpoint["lora"]["rank"] == 2 and all("lora_" in name for name in checkpoint["model"])
+    base = load_model(cfg.init_from)[0].state_dict()
+    learned = load_model(cfg.out_dir)[0].state_dict()
+    assert not torch.equal(base["blocks.0.attn.qkv.weight"], learned["blocks.0.attn.qkv.weight"])
+    assert torch.equal(base["embed.weight"], learned["embed.weight"])
