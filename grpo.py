@@ -29,20 +29,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import (
-    catch_signals, find, finish, load_model,
-    load_reward_model, log, own, restore,
-    save, trim_log)
+from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
+from common.checkpoint import log, own, restore, save, trim_log
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import (
-    all_logps, check_minibatches, check_prompts, evaluate,
-    function_scorer, k3, make_batch, minibatch_rows,
-    model_scorer, must_stop, rollout, step_prompts,
-    summary, teacher_scorer)
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
+from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, step_prompts, summary
+from common.rollout import teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -312,11 +308,8 @@ def main(cfg):
         # one line in the log: what the answers were like, what was learned, where the time went
         totals = all_sum(list(stats.values()), env)
         record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
-        record["first_ratio_error"] = first_ratio_error
-        record["lr"] = lr
-        record["generate_share"] = (generated - began) / seconds
-        record["score_share"] = (scored - generated) / seconds
-        record["seconds"] = seconds
+        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
+        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers

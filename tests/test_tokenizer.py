@@ -11,7 +11,7 @@ import tiktoken
 from hypothesis import given, settings, strategies
 
 import tokenizer
-from recipes.schemas import convert
+from readers.schemas import convert
 from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer, render_chat, train_tokenizer
 
 POEMS = ["床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n", "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。\n",
