@@ -36,12 +36,15 @@ class LoRALinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.scale = alpha / rank
+        self.off = False  # True: the layer as it was before
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         # with B = 0 the first step starts from the base itself; were A zero as well, neither would get a gradient
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
+        if self.off:
+            return super().forward(x)
         # two thin matmuls instead of a change of W: rank * (in + out) numbers to learn instead of in * out
         thin = F.linear(x, self.lora_a)                                            # (..., rank)
         change = F.linear(thin, self.lora_b) * self.scale                          # (..., out)
@@ -103,6 +106,27 @@ def start_lora(model, cfg, weights, tokenizer):
     base = os.path.relpath(cfg.init_from, cfg.out_dir)
     rows = sorted(tokenizer.special_names)
     return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights), rows)
+
+
+class WithoutAdapters:
+    """A model with adapters as it was before them: the frozen reference of RL, without a second copy in memory."""
+
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        self.adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+    @property
+    def head_weight(self):
+        return self.model.head_weight
+
+    def __call__(self, ids):
+        for layer in self.adapted:
+            layer.off = True
+        hidden = self.model(ids)
+        for layer in self.adapted:
+            layer.off = False
+        return hidden
 
 
 def adapters_of(model):
