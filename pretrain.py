@@ -152,8 +152,10 @@ def main(cfg):
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
+    train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
-    train, val, _ = open_data(cfg.data_dir, "text", tokenizer.fingerprint)
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that the "
+          "tokens beside it were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:
