@@ -6,6 +6,7 @@ What ppo.py and grpo.py share: prompts become answers, answers become scores and
     ids       ──model────▶   log-probs of policy and reference (B, T)
 """
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ import torch
 from common.data import pad, shift, shuffled
 from common.distributed import all_sum
 from common.generate import generate
-from common.loss import score_answers, token_logps
+from common.loss import answer_logps, score_answers, token_logps
 from configurator import check
 
 
@@ -75,6 +76,8 @@ def function_scorer(spec, tokenizer, env):
         prompt    "user\\n写一首五言绝句。\\nassistant\\n"      the rendered chat without its control tokens
         answer    "床前明月光，…"      without the <|im_end|> that ends it; control tokens inside it are shown
 
+    Where its parameters are named prompts and answers, it is called once with all of them.
+
     Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
     """
     path, _, name = spec.partition(":")
@@ -84,27 +87,38 @@ def function_scorer(spec, tokenizer, env):
     module_spec.loader.exec_module(module)
     check(hasattr(module, name), f"{path} defines no function '{name}'")
     function = getattr(module, name)
+    in_batches = list(inspect.signature(function).parameters)[:2] == ["prompts", "answers"]
+
+    def scores_of(prompts, answers):
+        """The scores of some answers; nan, and said why, where there are none."""
+        try:
+            rewards = list(function(prompts, answers)) if in_batches else [function(prompts[0], answers[0])]
+            scores = [float(reward) for reward in rewards]  # also of numpy's and torch's numbers
+            reason = f"returned {rewards!r:.100}, no finite number for each answer,"
+        except Exception as error:
+            scores = []
+            reason = f"failed ({type(error).__name__}: {error})"
+        if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
+            print(f"error: {spec} {reason} on the answer {answers[0]!r} to {prompts[0]!r}", file=sys.stderr)
+            return [math.nan] * len(answers)
+        return scores
 
     def scorer(documents):
-        scores = []
+        prompts = []
+        answers = []
         for ids, mask in documents:
             begin = mask.index(1)
-            prompt = tokenizer.decode(ids[:begin], skip_special=True)
+            prompts.append(tokenizer.decode(ids[:begin], skip_special=True))
             answer = ids[begin:]
             if answer[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
                 answer = answer[:-1]
-            answer = tokenizer.decode(answer)
-            try:
-                reward = function(prompt, answer)
-                score = float(reward)  # also of numpy's and torch's numbers
-                reason = f"returned {reward!r}, no finite number,"
-            except Exception as error:
-                score = math.nan
-                reason = f"failed ({type(error).__name__}: {error})"
-            if not math.isfinite(score):
-                print(f"error: {spec} {reason} on the answer {answer!r} to {prompt!r}", file=sys.stderr)
-                score = math.nan
-            scores.append(score)
+            answers.append(tokenizer.decode(answer))
+        if in_batches:
+            scores = scores_of(prompts, answers)
+        else:
+            scores = []
+            for prompt, answer in zip(prompts, answers):
+                scores += scores_of([prompt], [answer])
         return torch.tensor(scores, dtype=torch.float32, device=env.device)
 
     return scorer
@@ -116,6 +130,17 @@ def model_scorer(reward_model, pad_id, env):
     @torch.no_grad()
     def scorer(documents):
         return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
+
+    return scorer
+
+
+def teacher_scorer(teacher, pad_id, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B): log p of a token of the answer, on average, to a teacher."""
+
+    @torch.no_grad()
+    def scorer(documents):
+        logps, lengths = answer_logps(teacher, teacher.head_weight, *pad(documents, pad_id, env.device), env)
+        return logps / lengths
 
     return scorer
 
