@@ -27,7 +27,7 @@ from common.data import open_data
 from common.distributed import all_sum, can_compile, check_finite, micro_steps, shard_model, start
 from common.loss import cross_entropy, text_loss
 from common.optim import lr_at, make_optimizers, set_lr
-from configurator import Count, Fraction, NonNegative, Positive, Whole, check, run
+from configurator import Count, Fraction, NonNegative, Positive, Whole, changed, check, run
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -90,10 +90,10 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds
 NEEDS = {
-    "adam_lr": "optimizer=muon",
-    "momentum": "optimizer=muon",
+    "adam_lr": "optimizer == 'muon'",
+    "momentum": "optimizer == 'muon'",
     "n_active_experts": "n_experts",
     "n_shared_experts": "n_experts",
     "expert_hidden_dim": "n_experts",
@@ -167,15 +167,20 @@ def main(cfg):
         config = ModelConfig(**base["model_config"])
         model = Transformer(config)
         model.load_state_dict(base["model"], strict=True)
+        other = {key: value for key, value in changed(cfg).items() if base["model_config"].get(key, value) != value}
+        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
+        trained_len = base.get("trained_len") or config.max_seq_len
         del base
     else:
         config = model_config(cfg, tokenizer.vocab_size)
         model = Transformer(config)
+        trained_len = 0
     cfg.seq_len = cfg.seq_len or config.max_seq_len
     check(cfg.seq_len <= config.max_seq_len, f"seq_len={cfg.seq_len} is more than the model can see, max_seq_len="
           f"{config.max_seq_len}. Lower the first or raise the second")
     check(len(train.tokens) > cfg.seq_len, f"{cfg.data_dir} has {len(train.tokens):,} training tokens, fewer than one "
           f"row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
+    model.trained_len = max(trained_len, cfg.seq_len)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     compiled = cfg.compile and can_compile(env)
     if compiled:

@@ -37,6 +37,9 @@ def own(cfg, env, base=""):
           "that this one starts from, and would be overwritten. Choose another --out_dir")
     if not env.is_main:
         return
+    if cfg.warmup_steps > cfg.max_steps:
+        print(f"note: warmup_steps={cfg.warmup_steps}, but the run ends after {cfg.max_steps} and never reaches lr="
+              f"{cfg.lr}. Without --warmup_steps the warmup takes a tenth of it")
     os.makedirs(cfg.out_dir, exist_ok=True)
     try:
         import fcntl
@@ -162,6 +165,7 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         "model": weights,
         "model_config": dataclasses.asdict(model.config),
         "lora": lora,
+        "trained_len": getattr(model, "trained_len", 0),
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
         "data": data_size(cfg),
@@ -227,6 +231,7 @@ def load_model(path, device="cpu"):
         weights = merge_adapters(base_model.state_dict(), checkpoint["model"], scale, lora.get("rows", ()))
     model = Transformer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(weights, strict=True)
+    model.trained_len = checkpoint.get("trained_len") or model.trained_len
     return model.to(device), tokenizer, checkpoint
 
 
