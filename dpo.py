@@ -214,7 +214,7 @@ def main(cfg):
         reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
-        start_lora(model, cfg, base["model"])
+        start_lora(model, cfg, base["model"], tokenizer)
     del base
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
     net = model

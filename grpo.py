@@ -4,9 +4,10 @@ as good as its lead over the other answers to the same prompt (DeepSeekMath, sec
 
     python grpo.py config/poems_grpo.py                                            # a rule as the reward
     python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
+    python grpo.py config/sums_grpo.py --reward= --teacher=out/sums-grpo --out_dir=out/sums-taught    # a teacher, token by token
     torchrun --standalone --nproc_per_node=4 grpo.py config/poems_grpo.py --grad_accum=4
 
-in:  out/<sft run>, a reward function or out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
+in:  out/<sft run>, a reward function, out/<reward run> or a teacher, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
 
     one prompt ──▶ eight answers ──▶ eight scores        1   0   0   1   0   0   0   0     mean 0.25
@@ -28,19 +29,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import (
-    catch_signals, find, finish, load_model,
-    load_reward_model, log, own, restore,
-    save, trim_log)
+from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
+from common.checkpoint import log, own, restore, save, trim_log
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
+from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import (
-    all_logps, check_minibatches, check_prompts, evaluate,
-    function_scorer, k3, make_batch, minibatch_rows,
-    model_scorer, must_stop, rollout, step_prompts,
-    summary)
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
+from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, step_prompts, summary
+from common.rollout import teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -58,9 +56,14 @@ class Config:
     # reward
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
     reward_from: str = ""                   # or a run of reward.py
+    teacher: str = ""                       # or a run that judges each token (on-policy distillation), and is the reference
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
+    # adapters (common/lora.py): with them the model is the policy, without them the reference
+    lora_rank: Whole = 0                    # 0: train all weights
+    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # advantages
     advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
     group_size: Count = 8                   # answers a prompt, at least 2
@@ -98,6 +101,8 @@ class Config:
 
 # settings that change nothing without another one
 NEEDS = {
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -152,16 +157,29 @@ def main(cfg):
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
-    check(G > 1, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
-    check(bool(cfg.reward) != bool(cfg.reward_from), "give either --reward=FILE.py:FUNCTION or --reward_from=RUN")
+    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
+    judges = [name for name in (cfg.reward, cfg.reward_from, cfg.teacher) if name]
+    check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
+          f"{len(judges)}: {', '.join(judges)}")
     check_minibatches(cfg.minibatches, cfg.batch_size * G)
 
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
-    model, tokenizer, _ = load_model(cfg.init_from, env.device)
-    reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    model, tokenizer, base = load_model(cfg.init_from, env.device)
+    if cfg.teacher or not cfg.lora_rank:
+        reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+        reference.requires_grad_(False)
+        check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+              f"{cfg.init_from}: their probabilities cannot be compared")
+    if cfg.lora_rank:
+        start_lora(model, cfg, base["model"])
+        if not cfg.teacher:
+            reference = WithoutAdapters(model)
+    del base
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer, env)
+    elif cfg.teacher:
+        scorer = teacher_scorer(reference, tokenizer.pad_id, env)
     else:
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
@@ -173,7 +191,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, model.config.max_seq_len)
+    check_prompts((train, val), cfg, min(model.config.max_seq_len, reference.config.max_seq_len))
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
@@ -218,8 +236,13 @@ def main(cfg):
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
-        # every token of an answer gets the answer's advantage
-        batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask    # (B, T)
+        if cfg.teacher:
+            # a judge for every token: how much likelier the teacher finds it than the policy did. Its mean over the
+            # policy's own answers is -KL(policy || teacher), which is what distillation wants to be 0
+            batch["advantages"] = (batch["ref_logps"] - batch["logps"]) * mask              # (B, T)
+        else:
+            # every token of an answer gets the answer's advantage
+            batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
         if cfg.skip_flat_groups:
             # nothing can be learned where all answers are worth the same: such tokens do not count in the means
             flat = scores.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
@@ -285,11 +308,8 @@ def main(cfg):
         # one line in the log: what the answers were like, what was learned, where the time went
         totals = all_sum(list(stats.values()), env)
         record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
-        record["first_ratio_error"] = first_ratio_error
-        record["lr"] = lr
-        record["generate_share"] = (generated - began) / seconds
-        record["score_share"] = (scored - generated) / seconds
-        record["seconds"] = seconds
+        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
+        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers

@@ -194,7 +194,7 @@ def main(cfg):
     model, tokenizer, base = load_model(cfg.init_from)
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
-        start_lora(model, cfg, base["model"])
+        start_lora(model, cfg, base["model"], tokenizer)
     del base
     teacher = None
     if cfg.teacher:

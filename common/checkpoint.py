@@ -223,7 +223,8 @@ def load_model(path, device="cpu"):
         base_model, _, base_checkpoint = load_model(base)
         check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
               f"the adapters in {folder} were trained: train them again, or put the old base back")
-        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], lora["alpha"] / lora["rank"])
+        scale = lora["alpha"] / lora["rank"]
+        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], scale, lora.get("rows", ()))
     model = Transformer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(weights, strict=True)
     return model.to(device), tokenizer, checkpoint

@@ -6,6 +6,7 @@ What ppo.py and grpo.py share: prompts become answers, answers become scores and
     ids       ──model────▶   log-probs of policy and reference (B, T)
 """
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ import torch
 from common.data import pad, shift, shuffled
 from common.distributed import all_sum
 from common.generate import generate
-from common.loss import score_answers, token_logps
+from common.loss import answer_logps, score_answers, token_logps
 from configurator import check
 
 
@@ -67,7 +68,7 @@ def check_prompts(splits, cfg, window):
 
 def function_scorer(spec, tokenizer, env):
     """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with prompt
-    and answer as texts, control tokens left out.
+    and answer as texts, control tokens left out; or, where its parameters are named prompts and answers, once with all.
 
     Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
     """
@@ -78,24 +79,35 @@ def function_scorer(spec, tokenizer, env):
     module_spec.loader.exec_module(module)
     check(hasattr(module, name), f"{path} defines no function '{name}'")
     function = getattr(module, name)
+    in_batches = list(inspect.signature(function).parameters)[:2] == ["prompts", "answers"]
+
+    def scores_of(prompts, answers):
+        """The scores of some answers; nan, and said why, where there are none."""
+        try:
+            rewards = list(function(prompts, answers)) if in_batches else [function(prompts[0], answers[0])]
+            scores = [float(reward) for reward in rewards]  # also of numpy's and torch's numbers
+            reason = f"returned {rewards!r:.100}, no finite number for each answer,"
+        except Exception as error:
+            scores = []
+            reason = f"failed ({type(error).__name__}: {error})"
+        if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
+            print(f"error: {spec} {reason} on the answer {answers[0]!r} to {prompts[0]!r}", file=sys.stderr)
+            return [math.nan] * len(answers)
+        return scores
 
     def scorer(documents):
-        scores = []
+        prompts = []
+        answers = []
         for ids, mask in documents:
             begin = mask.index(1)
-            prompt = tokenizer.decode(ids[:begin], skip_special=True)
-            answer = tokenizer.decode(ids[begin:], skip_special=True)
-            try:
-                reward = function(prompt, answer)
-                score = float(reward)  # also of numpy's and torch's numbers
-                reason = f"returned {reward!r}, no finite number,"
-            except Exception as error:
-                score = math.nan
-                reason = f"failed ({type(error).__name__}: {error})"
-            if not math.isfinite(score):
-                print(f"error: {spec} {reason} on the answer {answer!r} to {prompt!r}", file=sys.stderr)
-                score = math.nan
-            scores.append(score)
+            prompts.append(tokenizer.decode(ids[:begin], skip_special=True))
+            answers.append(tokenizer.decode(ids[begin:], skip_special=True))
+        if in_batches:
+            scores = scores_of(prompts, answers)
+        else:
+            scores = []
+            for prompt, answer in zip(prompts, answers):
+                scores += scores_of([prompt], [answer])
         return torch.tensor(scores, dtype=torch.float32, device=env.device)
 
     return scorer
@@ -107,6 +119,17 @@ def model_scorer(reward_model, pad_id, env):
     @torch.no_grad()
     def scorer(documents):
         return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
+
+    return scorer
+
+
+def teacher_scorer(teacher, pad_id, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B): log p of a token of the answer, on average, to a teacher."""
+
+    @torch.no_grad()
+    def scorer(documents):
+        logps, lengths = answer_logps(teacher, teacher.head_weight, *pad(documents, pad_id, env.device), env)
+        return logps / lengths
 
     return scorer
 

@@ -44,7 +44,7 @@ def same_losses(a, b):
 
 
 @pytest.fixture
-def runs(settings, tmp_path):  # noqa: F811
+def runs(settings, tmp_path):
     """A function: of each kind the settings of a run of so many steps in folder `name`. The learning rate is flat, so
     that four and four steps are eight."""
     def make(name, max_steps, **changes):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from recipes.schemas import call_tools, list_tools
+from readers.calls import call_tools, list_tools
 
 # what clients send besides, and what is true of every answer here
 HARMLESS = {

@@ -8,8 +8,19 @@ import sys
 
 import numpy as np
 
-from recipes.documents import listed
 from tokenizer import load_tokenizer
+
+
+def listed(counts):
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def fields_of(paths, counts):
+    """{path: {"used": {field: in how many records}, "ignored": …}} of what was counted as (what, path, field)."""
+    fields = {path: {"used": {}, "ignored": {}} for path in paths}
+    for what, path, *name in sorted(key for key in counts if key[0] in ("used", "ignored")):
+        fields[path][what][name[0]] = counts[what, path, name[0]]
+    return fields
 
 
 def report(folder):

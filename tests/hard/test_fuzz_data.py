@@ -1,6 +1,6 @@
 """prepare.py on arbitrary input: no traceback, the account adds up, and nothing that can be read is lost.
 
-A few hundred inputs here; runs/fuzz.sh tries 100,000 (FUZZ=100000 python -m pytest tests/test_fuzz_data.py).
+A few hundred inputs here; runs/fuzz.sh tries 100,000 (FUZZ=100000 python -m pytest tests/hard/test_fuzz_data.py).
 """
 import bz2
 import csv
@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from prepared import run, small_tokenizer
-from recipes.records import Skip
-from recipes.schemas import CHAT, CONVERTERS, ROLES, TEXT, TURN, convert, is_empty, unfold
+from readers.account import Skip
+from readers.fields import CHAT, ROLES, TEXT, TURN, is_empty
+from readers.schemas import CONVERTERS, convert, unfold
 
 EXAMPLES = int(os.environ.get("FUZZ", 300))
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]

@@ -13,6 +13,7 @@ from the package datasketch. They estimate: within 0.1 of the threshold a text m
 It keeps about 4 kB of a document in memory (4 GB of a million), and reads about 0.5 million characters a second.
 """
 from configurator import fail
+from readers.schemas import words
 
 PIECE = 5  # characters: long enough that two texts share few by chance
 FUNCTIONS = 128
@@ -29,8 +30,9 @@ class Seen:
         self.empty = MinHash(num_perm=FUNCTIONS)
         self.sketches = MinHashLSH(threshold, num_perm=FUNCTIONS)
 
-    def before(self, text):
-        """Whether a text like this one has been here before; if not, it is from now on."""
+    def before(self, content):
+        """Whether a text (or conversation) like this one has been here before; if not, it is from now on."""
+        text = words(content)
         last = max(1, len(text) - PIECE + 1)
         pieces = {text[i:i + PIECE].encode() for i in range(last)}
         sketch = self.empty.copy()
