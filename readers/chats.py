@@ -79,8 +79,8 @@ def one_text(value, name, record):
         value = value[0]
     is_beside = len(filled(record, QUESTION)) > 1 and all(isinstance(text, str) for text in value)
     if len(value) > 1 and not is_beside:
-        raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write one "
-                   "record for each, or messages: [{role: …, content: …}]")
+        raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write "
+                   "one record for each, or messages: [{role: …, content: …}]")
     return "\n".join(value)
 
 
@@ -135,7 +135,8 @@ def read_answer(record, notes):
         note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
     if is_number(value) and isinstance(first(record, CHOICES), (list, dict)):
-        raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its letter")
+        raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its "
+                   "letter")
     if is_parts(value):
         value = as_text(value, names[0])
     if isinstance(value, list) and all(is_answer(answer) for answer in value):

@@ -100,6 +100,7 @@ def check_ignored(path, tally, cfg):
     ours = "text" if cfg.kind == "text" else "system" if {*used} & {*TURNS} else "question"
     as_is = ",".join(f"{'text' if cfg.kind == 'text' else name}:{name}" for name in used)
     more = "".join(f",{ours}:{name}" for name in lost)
-    hint = f"--fields={as_is}{more} learns them, too" if ours == "text" else f"--fields={as_is}{more} has the model read them"
-    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned ({', '.join(used)})."
-          f" {hint}, --fields={as_is} leaves them out. (--max_skipped=1 goes on, too)")
+    verb = "learns them, too" if ours == "text" else "has the model read them"
+    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned "
+          f"({', '.join(used)}). --fields={as_is}{more} {verb}, --fields={as_is} leaves them out. (--max_skipped=1 goes "
+          "on, too)")

@@ -93,7 +93,8 @@ def as_text(value, name, glue=""):
             if isinstance(value.get(key), str):
                 more = [other for other in value if other not in (key, "type") and prose(value[other])]
                 if more:
-                    raise Skip("wrong type", f"{name} holds a part with {key} and {', '.join(more)}: which is the text?")
+                    raise Skip("wrong type", f"{name} holds a part with {key} and {', '.join(more)}: which is the "
+                               "text?")
                 return value[key]
     what = value.get("type", "fields") if isinstance(value, dict) else type(value).__name__
     raise Skip("wrong type", f"{name} holds {what}, wanted text: {brief(value)}")
@@ -127,8 +128,9 @@ def note_rest(item, known, notes, prefix=""):
 
 
 # Numbers that count or tell apart, and flags that say nothing of the answer.
-COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|seed|"
-                      "temperature|offset|start|end|page|level|is_classification|human_verified)s?$", re.IGNORECASE)
+COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
+                      "seed|temperature|offset|start|end|page|level|is_classification|human_verified|is_code_related)s?$",
+                      re.IGNORECASE)
 NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete", re.IGNORECASE)
 
 
@@ -143,7 +145,8 @@ def check_marks(item, known, prefix, ours):
             if ours == "label":
                 named = ",".join(f"{field}:{field}" for field in filled(item, item) if field in KNOWN - {*THUMB})
                 hint = f"--fields={named},label:{name} leaves out those where it is 0, --fields={named} learns them all"
-            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? {hint}")
+            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? "
+                       f"{hint}")
 
 
 def prose(value):

@@ -28,8 +28,8 @@ def find_files(given, repeat=""):
     paths = sorted(path for path in found if extension(path) in readable)
     others = [path for path in found if extension(path) not in readable]
     endings = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others}))
-    check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
-          f" found {len(found)} files with endings: {endings or '-'}")
+    check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with "
+          f"{' '.join(UNPACKERS)}; found {len(found)} files with endings: {endings or '-'}")
     if others:
         print(f"note: {len(others)} of the {len(found)} files under {given} are not read, with endings: {endings}",
               file=sys.stderr)

@@ -100,7 +100,8 @@ def to_ranking(record, notes):
                 turns = system + turns
             texts = "\n".join(m["content"] for m in turns)
             if not all(m["content"] in texts for m in prompt if m["role"] == "user"):
-                raise Skip("answers to different prompts", f"the prompt is not in what the answer begins with: {brief(texts)}")
+                raise Skip("answers to different prompts", "the prompt is not in what the answer begins with: "
+                           f"{brief(texts)}")
         whole.append(turns)
     if not all(turns and all(m["content"] for m in turns) for turns in whole):
         raise Skip("empty", "a question or an answer has no words")

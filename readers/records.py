@@ -61,7 +61,7 @@ def read_file(path, raw, txt_document="blank"):
 
 
 def records_of(path):
-    """Return the records of a file that must be read as a whole; each line of a .txt is one. Exits where one is broken."""
+    """Return the records of a file, each line of a .txt is one. Exits where one cannot be read."""
     records = []
     with open(path, "rb") as raw:
         for where, record in read_file(path, raw, "line"):
@@ -107,8 +107,9 @@ def check_blank_lines(head):
     """Raise Skip where a .txt has long lines and no blank one among them: is a line a document, or the whole file?"""
     lines = head.split(b"\n")
     if len(lines) > 10 and all(map(bytes.strip, lines[:-1])) and len(head) / len(lines) > 500:
-        raise Skip("unclear where documents end", f"no blank line is in it, and its lines are long ({len(head) // len(lines):,}"
-                   " bytes each): --txt_document=line takes each line as a document, --txt_document=file the whole file")
+        raise Skip("unclear where documents end", "no blank line is in it, and its lines are long "
+                   f"({len(head) // len(lines):,} bytes each): --txt_document=line takes each line as a document, "
+                   "--txt_document=file the whole file")
 
 
 def read_txt(raw, txt_document):

@@ -160,7 +160,10 @@ def unfold(record, kind):
         return
     if isinstance(record, dict) and are_records(record.get("data")) and not set(record) & (CHAT | TEXT) - {"data"}:
         inside = {name for one in record["data"] for name in one}
-        shared = {f"outer {name}" if name in inside else name: value for name, value in record.items() if name != "data"}
+        shared = {}
+        for name, value in record.items():
+            if name != "data":
+                shared[f"outer {name}" if name in inside else name] = value
         # what stands beside them is theirs, but a text is counted once, with the first
         marks = {name: value for name, value in shared.items() if name == "split" or not prose(value)}
         record = [{**(marks if i else shared), **one} for i, one in enumerate(record["data"])]
