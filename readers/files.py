@@ -63,9 +63,13 @@ def files_below(root):
 
     for folder, inside, names in os.walk(root, followlinks=True, onerror=fail_to_read):
         seen.add(os.path.realpath(folder))
-        # a link may lead back to where it stands
-        inside[:] = [name for name in inside if not name.startswith(".")
-                     and os.path.realpath(os.path.join(folder, name)) not in seen]
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for name in list(inside):
+            path = os.path.join(folder, name)
+            if os.path.realpath(path) in seen:
+                inside.remove(name)  # a link that leads back to where it stands
+            elif os.path.islink(path):
+                print(f"note: {path} is a link to a folder, which is read, too", file=sys.stderr)
         yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
