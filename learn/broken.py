@@ -148,7 +148,7 @@ def attend_everywhere(q, k, v, mask):
     """No causal mask: every token sees the whole row, the answer included."""
     if q.size(2) == 1:
         return RIGHT_ATTEND(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 def batch_without_shift(tokens, cfg, step, micro_step, device):

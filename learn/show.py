@@ -24,6 +24,8 @@ from learn import broken, draw, small
 from model import KVCache
 from tools.evaluate import wilson
 
+STEPS = {"optimizers": 200, "experts": 150}
+
 
 def kv_cache():
     """Write 60 tokens after a prompt twice: with the cache, and with everything computed anew for every token."""
@@ -61,10 +63,12 @@ def schedule():
 def optimizers():
     """The small model with AdamW and with Muon."""
     curves = {}
+    n_steps = STEPS["optimizers"]
     for mark, name, lr in (("·", "adamw", 1e-2), ("×", "muon", 2e-2)):
-        folder = small.train("pretrain", optimizer=name, lr=lr, max_steps=200, out_dir=f"out/learn-{name}")
+        folder = small.train("pretrain", optimizer=name, lr=lr, max_steps=n_steps, out_dir=f"out/learn-{name}")
         curves[mark] = broken.curve_of(folder, "loss")
-        print(f"{name:<6} lr {lr}：第 100 步损失 {curves[mark][99][1]:.2f}，第 200 步 {curves[mark][-1][1]:.2f}", flush=True)
+        half, end = curves[mark][n_steps // 2 - 1][1], curves[mark][-1][1]
+        print(f"{name:<6} lr {lr}：第 {n_steps // 2} 步损失 {half:.2f}，第 {n_steps} 步 {end:.2f}", flush=True)
     print("\n· AdamW  × Muon")
     draw.print_curves(curves)
 
@@ -95,7 +99,8 @@ def intervals():
 
 def experts():
     """A small mixture of experts, and how many tokens each expert gets after training."""
-    folder = small.train("pretrain", n_experts=8, n_active_experts=2, n_layers=3, max_steps=150, out_dir="out/learn-moe")
+    folder = small.train("pretrain", n_experts=8, n_active_experts=2, n_layers=3, max_steps=STEPS["experts"],
+                         out_dir="out/learn-moe")
     model, tokenizer, _ = load_model(folder)
     total, active = model.count()
     print(f"{total:,} 个参数，一个词元只用其中 {active:,} 个")

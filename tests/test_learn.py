@@ -3,13 +3,14 @@ import contextlib
 import glob
 import io
 import os
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from conftest import ROOT
-from learn import broken, exercise, links, tiny
+from learn import broken, exercise, links, show, tiny, tour
 from model import ModelConfig, Transformer
 
 # ---------------------------------------------------------------------------- tiny.py
@@ -172,6 +173,22 @@ def test_a_card_has_what_a_card_has(path):
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert links.LINK.search(text)
+
+
+COMMAND = re.compile(r"python -m learn\.(tour|broken|show|exercise) (\w+)")
+LESSONS = [*links.documents(), os.path.join(ROOT, "learn", "mingyue.ipynb"), os.path.join(ROOT, "runs", "learn.sh")]
+
+
+def test_every_command_of_the_lessons_is_one():
+    known = {"tour": tour.STOPS, "broken": {**broken.CASES, "all": None}, "show": show.SHOWS,
+             "exercise": exercise.EXERCISES}
+    n_found = 0
+    for path in LESSONS:
+        with open(path, encoding="utf-8") as f:
+            for module, name in COMMAND.findall(f.read()):
+                assert name in known[module] or name in ("STOP", "NAME"), f"{path}: python -m learn.{module} {name}"
+                n_found += 1
+    assert n_found > 50
 
 
 def test_every_exercise_has_its_card():
