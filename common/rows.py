@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.documents import Documents
-from tokenizer import is_learned, load_tokenizer, render_chat
+from tokenizer import is_learned, load_tokenizer, render_chat, render_document
 
 CHUNK_BYTES = 4_000_000  # of text that a worker tokenizes at a time
 
@@ -60,7 +60,7 @@ def render(tok, kind, document, max_length, counts):
     """Rows (ids, mask, the text that counts as content) of one document; none where it does not fit."""
     if kind == "text":
         # however long it is: pretraining goes on with it in its next rows
-        return [(tok.encode(document) + [tok.eot_id], [], document)]
+        return [(render_document(tok, document), [], document)]
     content = json.loads(document)
     if kind == "sft":
         rows = [render_conversation(tok, content, max_length, counts)]

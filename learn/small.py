@@ -77,15 +77,14 @@ def records(kind):
                 yield {"messages": turns, "split": split}
             if kind == "pairs":
                 # the right line, the line of another poem, the question said back
-                responses = [answer, other, question[1:6] + "。"]
-                yield {"prompt": question, "responses": responses, "ranks": [1, 2, 3], "split": split}
+                yield {"prompt": question, "answers": [answer, other, question[1:6] + "。"], "split": split}
             if kind == "prompts":
                 yield {"prompt": question, "split": split}
 
 
-def make_data(kind):
+def make_data(kind, name=""):
     """Return the folder of a small data set, prepared when it is missing."""
-    name = "learn" if kind == "text" else f"learn-{kind}"
+    name = name or ("learn" if kind == "text" else f"learn-{kind}")
     folder = os.path.join("data", name)
     if os.path.exists(os.path.join(folder, "meta.json")):
         return folder
