@@ -49,6 +49,7 @@ class Config:
     txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
     repeat: str = ""  # "dialogues:4,recitals:2": train on the documents of these files (without ending) that often
     poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
+    talk: str = ""  # recipe poems-sft: a file of small talk in the place of 明月's, which `python -m recipes.smalltalk` prints
     # cleaning
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped
     max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
@@ -333,7 +334,7 @@ def main(cfg):
               f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
         recipe = recipes[cfg.name]
         settings = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
-        settings["input"] = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry})
+        settings["input"] = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry, "talk": cfg.talk})
         cfg = dataclasses.replace(cfg, kind=recipe.kind, **settings)
     report(prepare(cfg))
     show(folder, cfg.show or 3)

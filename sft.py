@@ -28,10 +28,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
 from common.data import open_data
-from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, shard_model, start
+from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, start
 from common.lora import start_lora
 from common.loss import cross_entropy, distillation_loss
 from common.optim import lr_at, make_optimizers, set_lr
+from common.sharding import shard_model
 from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
 from tokenizer import render_chat
 

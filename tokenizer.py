@@ -41,6 +41,7 @@ LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+HF_READER = "readers.hf_tokenizer"  # imported by name, where a vocabulary of transformers is opened and nowhere else
 HEADER = b'{"mingyue": '  # begins a line that a saved vocabulary may have before it: its settings, as JSON
 
 

@@ -31,11 +31,32 @@ def write_json(folder, name, value):
         json.dump(value, f, ensure_ascii=False, indent=1)
 
 
+FILE_BYTES = 5 * 10 ** 9  # of one *.safetensors, at most
+
+
 def write_safetensors(folder, name, tensors):
+    """Write {key: tensor} to folder/name; where one file is not enough, to several, and an index of what lies where."""
     safetensors = need("safetensors.torch", "writing *.safetensors")
-    # each a tensor of its own: the format takes no views, and no two names for one memory
-    own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    safetensors.save_file(own, os.path.join(folder, name), metadata={"format": "pt"})
+    files = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += tensor.nbytes
+    file_of = {}
+    for number, part in enumerate(files, 1):
+        file = name
+        if len(files) > 1:
+            file = name.replace(".safetensors", f"-{number:05}-of-{len(files):05}.safetensors")
+        # each a tensor of its own: the format takes no views, and no two names for one memory
+        own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in part.items()}
+        safetensors.save_file(own, os.path.join(folder, file), metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(part, file))
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder, f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": file_of})
 
 
 def opening_ids(tok, stage):

@@ -10,6 +10,7 @@ import random
 import struct
 import sys
 import time
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -177,8 +178,10 @@ def lines_of(n):
     lines = []
     for _ in range(n):
         parts = numbers.choices(bits, k=numbers.randrange(6))
-        parts.append("".join(chr(numbers.choice((numbers.randrange(32, 0x2100), numbers.randrange(0x4e00, 0x9fff),
-                                                 numbers.randrange(0x10000, 0x1ffff)))) for _ in range(5)))
+        others = [chr(numbers.choice((numbers.randrange(32, 0x2100), numbers.randrange(0x4e00, 0x9fff),
+                                      numbers.randrange(0x10000, 0x1ffff)))) for _ in range(5)]
+        # characters that Python does not know yet may be letters in a browser
+        parts += [c for c in others if unicodedata.category(c) != "Cn"]
         lines.append("".join(parts))
     return lines
 
