@@ -183,8 +183,9 @@ def test_a_run_of_adapters_is_small_and_loads_over_its_base(place, tmp_path, mon
 def test_another_base_or_rank_is_refused(place, tmp_path):
     root, _ = place
     checkpoint, _ = run(settings(root, "sft", f"{tmp_path}/run", lora_rank=2, max_steps=1))
-    assert "'rank': 2" in (words := refused(settings(root, "sft", f"{tmp_path}/run"))) and "None here" in words
-    assert "'rank': 4" in refused(settings(root, "sft", f"{tmp_path}/run", lora_rank=4))
+    for rank, here in ((0, "None here"), (4, "'rank': 4")):
+        words = refused(settings(root, "sft", f"{tmp_path}/run", lora_rank=rank))
+        assert "is of another run: lora=" in words and "'rank': 2" in words and here in words
     checkpoint["lora"]["base_hash"] = "0" * 64
     torch.save(checkpoint, f"{tmp_path}/run/ckpt.pt")
     with pytest.raises(SystemExit, match="has other weights now"):

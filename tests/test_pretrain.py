@@ -146,6 +146,6 @@ def test_errors_name_the_fix(place, tmp_path):
         json.dump({**meta, "fingerprint": "0" * 64}, f)
     for changes, words in [(dict(data_dir="data/baby"), "python prepare.py baby --input=FILE_OR_FOLDER"),
                            (dict(data_dir=f"{tmp_path}/tiny"), "fewer than one row of seq_len=32"),
-                           (dict(data_dir=f"{tmp_path}/mixed_up"), "was made with tokenizer 000000000000"),
+                           (dict(data_dir=f"{tmp_path}/mixed_up"), "is not the vocabulary that the tokens beside it"),
                            (dict(seq_len=64), "seq_len=64 is more than the model can see, max_seq_len=32")]:
         assert words in refused(settings(root, "pretrain", f"{tmp_path}/run", **changes))

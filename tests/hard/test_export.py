@@ -462,9 +462,9 @@ def save_adapters(place, tok, kind, targets):
     base = make(kind, tok.vocab_size)
     save_run(place / f"{kind}-base", base, tok)
     digest = weights_hash(base.state_dict())
-    add_lora(base, 4, 8.0, targets, f"../{kind}-base", digest)
+    add_lora(base, 4, 8.0, targets, f"../{kind}-base", digest, [1, 2, 7])
     for name, p in base.named_parameters():
-        if "lora_b" in name:
+        if "lora_b" in name or "lora_rows" in name:
             torch.nn.init.normal_(p, std=0.1)
     adapters = {name: p for name, p in base.state_dict().items() if "lora_" in name}
     return save_run(place / f"{kind}-lora", base, tok, model=adapters, lora=base.lora)
