@@ -496,7 +496,7 @@ def test_merged(tok, place):
     for folder, message in ((run, "holds a run already"), (f"{place}/merged", "holds a run already")):
         with pytest.raises(SystemExit, match=message):
             export.main(export.Config(run, "merged", out=folder))
-    with pytest.raises(SystemExit, match="holds no adapters, but whole weights"):
+    with pytest.raises(SystemExit, match="holds no adapters and no shards, but whole weights"):
         export.main(export.Config(f"{place}/merged", "merged", out=f"{place}/merged-again"))
     assert "lora" in load_checkpoint(run) and not os.path.exists(f"{place}/merged-again")
 
