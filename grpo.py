@@ -181,7 +181,7 @@ def main(cfg):
         check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
               f"{cfg.init_from}: their probabilities cannot be compared")
     if cfg.lora_rank:
-        start_lora(model, cfg, base["model"])
+        start_lora(model, cfg, base["model"], tokenizer)
         if not cfg.teacher:
             reference = WithoutAdapters(model)
     del base

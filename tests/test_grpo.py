@@ -37,8 +37,9 @@ def test_policy_loss_by_hand():
     assert torch.allclose(ratio, torch.tensor([[1.5, 0.5, 1.1, 1.0]]))
 
 
-VARIANTS = [dict(), dict(clip_high=0.35), dict(ratio="sequence", clip=0.02), dict(surrogate="cispo", clip_high=0.3),
-            dict(ratio="sequence", clip_high=0.05, clip=0.01), dict(surrogate="cispo", ratio="sequence", clip=0.03)]
+VARIANTS = [dict(clip=0.2), dict(clip=0.2, clip_high=0.35), dict(ratio="sequence", clip=0.02),
+            dict(surrogate="cispo", clip=0.2, clip_high=0.3), dict(ratio="sequence", clip_high=0.05, clip=0.01),
+            dict(surrogate="cispo", ratio="sequence", clip=0.03)]
 
 
 def answers_for_the_loss():
@@ -68,7 +69,7 @@ def test_policy_loss_equals_the_papers_formulas(changes):
             r = s if cfg.ratio == "sequence" else (logps[i, t] - old[i, t]).exp()
             assert ratio[i, t].item() == pytest.approx(r.item(), rel=1e-9)
             outside += not low <= r <= high
-            A = advantages[i]
+            A = advantages[i] / (len(places) if cfg.ratio == "sequence" else 1)  # GSPO counts answers, not tokens
             if cfg.surrogate == "cispo":
                 total = total - r.clamp(max=high).detach() * A * logps[i, t]
             else:
@@ -79,9 +80,9 @@ def test_policy_loss_equals_the_papers_formulas(changes):
     assert torch.allclose(*grads, atol=1e-12)
 
 
-# TRL has no cispo with a constant length
-@pytest.mark.parametrize("changes, advantage", [(v, "rloo") for v in VARIANTS] + [
-    (v, "dr_grpo") for v in VARIANTS if "surrogate" not in v])
+# TRL has no cispo with a constant length, nor with a ratio an answer
+@pytest.mark.parametrize("changes, advantage", [(v, "rloo") for v in VARIANTS[:-1]] + [
+    (v, "dr_grpo") for v in VARIANTS if "surrogate" not in v and "ratio" not in v])
 def test_policy_loss_equals_trl(changes, advantage):
     """TRL's own GRPOTrainer._compute_loss: dapo's mean over tokens, or dr_grpo's constant length, and cispo; without a
     reference, and with k3 in the loss. TRL's cispo bound is the whole ratio, ours 1 + clip_high."""
@@ -90,8 +91,10 @@ def test_policy_loss_equals_trl(changes, advantage):
     logps, old, advantages, mask = answers_for_the_loss()
     ref = old - 0.3 * torch.rand(5, 6, dtype=torch.float64)
     weight = 1 / mask.sum() if advantage == "rloo" else 1 / (5 * 11)
+    if cfg.ratio == "sequence":
+        weight = 1 / 5  # the mean over answers
     high = cfg.clip_high or cfg.clip
-    loss_type = {"rloo": "dapo", "dr_grpo": "dr_grpo"}[advantage]
+    loss_type = {"rloo": "dapo", "dr_grpo": "dr_grpo"}[advantage] if cfg.ratio == "token" else "grpo"
     same = lambda x, **_: x  # noqa: E731
     for kl_coef in (0.0, 0.3):
         trainer = types.SimpleNamespace(
@@ -109,7 +112,8 @@ def test_policy_loss_equals_trl(changes, advantage):
                   "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()}
         theirs = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
         ours, _ = grpo.policy_loss(logps, old, advantages[:, None] * mask, mask, cfg)
-        ours = (ours + kl_coef * (k3(logps, ref) * mask).sum()) * weight
+        counts = mask / mask.sum(1, keepdim=True) if cfg.ratio == "sequence" else mask
+        ours = (ours + kl_coef * (k3(logps, ref) * counts).sum()) * weight
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
         grads = [torch.autograd.grad(x, logps)[0] for x in (ours, theirs)]
         assert torch.allclose(*grads, atol=1e-7)
@@ -145,10 +149,11 @@ def plain_objective(actor, documents, rewards, cfg):
             ids, mask = documents[first + k]
             ids = torch.tensor(ids)
             logps = actor.logits(actor(ids[None, :-1]))[0].div(cfg.temperature).log_softmax(-1)
+            counts = 1 / sum(mask) if cfg.ratio == "sequence" else 1  # GSPO counts answers
             for place in range(len(ids) - 1):
                 if mask[place + 1]:
-                    total = total - A * logps[place, ids[place + 1]]
-                    n_tokens += 1
+                    total = total - A * logps[place, ids[place + 1]] * counts
+                    n_tokens += counts
     length = len(documents) * cfg.max_new_tokens if cfg.advantage == "dr_grpo" else n_tokens
     return total / length
 
@@ -223,4 +228,4 @@ def test_settings_that_do_not_fit_together(place, tmp_path):
     assert "give --group_size=4, not 1" in refused(settings(root, "grpo", str(tmp_path), group_size=1))
     for changes in (dict(reward=""), dict(reward_from="reward")):
         words = refused(settings(root, "grpo", str(tmp_path), **changes))
-        assert "give either --reward=FILE.py:FUNCTION or --reward_from=RUN" in words
+        assert "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN" in words

@@ -104,14 +104,14 @@ def test_the_first_ratio_is_exactly_1(place, tmp_path, stage, changes):
 def test_a_reward_may_be_any_number(tmp_path, value):
     rule = tmp_path / "rule.py"
     rule.write_text(f"import numpy\nimport torch\n\n\ndef good(prompt, answer):\n    return {value}\n")
-    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special: "春")
+    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special=False: "春", im_end_id=0, eot_id=0)
     scores = function_scorer(f"{rule}:good", tokenizer, CPU)([([1, 2], [0, 1])])
     assert scores.dtype == torch.float32 and scores.tolist() == [float(eval(value, {"numpy": np, "torch": torch}))]
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 @pytest.mark.parametrize("body, words", [("return None", "failed (TypeError"),
-                                         ("return float('nan')", "returned nan, no finite number"),
+                                         ("return float('nan')", "returned [nan], no finite number"),
                                          ("return 'a'", "failed (ValueError"), ("return 1 / 0", "failed (ZeroDivision")])
 def test_a_reward_that_is_no_number_ends_the_run(place, tmp_path, capsys, stage, body, words):
     """It names the answer; nothing is learned from such a step, and nothing is lost."""

@@ -1,6 +1,6 @@
 """--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py).
 
-    torchrun --standalone --nproc_per_node=2 tests/test_sharding.py JOBS.json      what the tests start
+    torchrun --standalone --nproc_per_node=2 tests/hard/test_sharding.py JOBS.json      what the tests start
 """
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_runs import read_log
 
 import pretrain
 from common.checkpoint import load_checkpoint, load_model
@@ -23,7 +24,7 @@ from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, train_tokenizer
 from tools import export
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # what a run in shards must get right, each in one of three: tied embeddings, blocks computed again, Muon, experts
 KINDS = {
     "dense": dict(checkpoint_blocks=True),
@@ -68,8 +69,8 @@ def in_ranks(processes, jobs, file, fails=False):
     with open(file, "w") as f:
         json.dump(jobs, f)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, "tests/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+    done = subprocess.run([*command, "tests/hard/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     assert fails or done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -80,13 +81,6 @@ def stages(runs):
 
 def copies(runs, target):
     return [("copy", {"source": cfg.out_dir, "target": target[kind].out_dir}) for kind, cfg in runs.items()]
-
-
-def log_of(cfg):
-    """The numbers of a run's log, without its speed."""
-    with open(f"{cfg.out_dir}/log.jsonl") as f:
-        records = [json.loads(line) for line in f]
-    return [{name: value for name, value in r.items() if name not in ("tok/s", "seconds")} for r in records]
 
 
 def test_shards_equal_one_process(runs, tmp_path, capsys):
@@ -109,7 +103,7 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
     for kind, cfg in whole.items():
         expected = load_checkpoint(cfg.out_dir)["model"]
         for other in (in_two, in_four, by_ddp, alone):
-            for ours, theirs in zip(log_of(cfg), log_of(other[kind]), strict=True):
+            for ours, theirs in zip(read_log(cfg.out_dir), read_log(other[kind].out_dir), strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-5)
             checkpoint = load_checkpoint(other[kind].out_dir, shards_too=True)
             in_shards = other in (in_two, in_four)
