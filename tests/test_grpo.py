@@ -1,40 +1,17 @@
 """grpo.py: its formulas by hand, as plain loops and against TRL, and the whole loop against a problem whose answer is known."""
 import collections
-import math
 import types
 
 import numpy as np
 import pytest
 import torch
-from small_runs import flat_gradient, gibbs_error, gradient, mean_nll, refused, settings, spy, toy_models
+from small_runs import flat_gradient, gibbs_error, gradient, refused, settings, spy, toy_models
 
 import grpo
 from common.rollout import k3
 from model import Transformer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [9, 8, 7, 6], [2]]
-
-
-def test_group_advantages_by_hand():
-    """group_advantages: minus the mean of the others (rloo), minus the mean (dr_grpo), and over the deviation (grpo)."""
-    totals = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
-    rloo = grpo.group_advantages(totals, 3, "rloo")
-    assert torch.allclose(rloo, torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3.0]))
-    dr_grpo = grpo.group_advantages(totals, 3, "dr_grpo")
-    assert torch.allclose(dr_grpo, torch.tensor([-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]))
-    scaled = grpo.group_advantages(totals, 3, "grpo").view(2, 3)
-    assert torch.allclose(scaled.mean(1), torch.zeros(2), atol=1e-6)
-    assert torch.allclose(scaled.std(1), torch.ones(2), atol=1e-3)
-
-
-def test_policy_loss_by_hand():
-    """policy_loss: ratio 1.5 clips to 1.2 (its gain is capped), 0.5 to 0.8 (its loss cannot shrink below), 1.1 stays."""
-    old, mask = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-    logps = torch.log(torch.tensor([[1.5, 0.5, 1.1, 9.0]]))
-    advantages = torch.tensor([[2.0, -1.0, 1.0, 5.0]])
-    loss, ratio = grpo.policy_loss(logps, old, advantages, mask, grpo.Config(clip=0.2))
-    assert loss.item() == pytest.approx(-2.0 * 1.2 + 1.0 * 0.8 - 1.1, abs=1e-6)
-    assert torch.allclose(ratio, torch.tensor([[1.5, 0.5, 1.1, 1.0]]))
 
 
 VARIANTS = [dict(clip=0.2), dict(clip=0.2, clip_high=0.35), dict(ratio="sequence", clip=0.02),
@@ -50,34 +27,6 @@ def answers_for_the_loss():
     logps = old + 0.4 * torch.randn(5, 6, dtype=torch.float64)
     advantages = torch.tensor([1.3, -0.7, 0.4, -2.0, 0.9], dtype=torch.float64)
     return logps.requires_grad_(), old, advantages, mask
-
-
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_policy_loss_equals_the_papers_formulas(changes):
-    """A plain loop over answers and tokens: PPO eq. 7, DAPO's two bounds, GSPO eq. 5 to 7 (s_i, a ratio an answer),
-    MiniMax-M1 eq. 4 and 5 (the clipped ratio, stopped, times the log-prob). And the gradient of the same sum."""
-    cfg = grpo.Config(**changes)
-    logps, old, advantages, mask = answers_for_the_loss()
-    loss, ratio = grpo.policy_loss(logps, old, advantages[:, None] * mask, mask, cfg)
-    low, high = 1 - cfg.clip, 1 + (cfg.clip_high or cfg.clip)
-    total = 0.0
-    outside = 0
-    for i in range(5):
-        places = [t for t in range(6) if mask[i, t] > 0]
-        s = math.prod((logps[i, t] - old[i, t]).exp() for t in places) ** (1 / len(places))
-        for t in places:
-            r = s if cfg.ratio == "sequence" else (logps[i, t] - old[i, t]).exp()
-            assert ratio[i, t].item() == pytest.approx(r.item(), rel=1e-9)
-            outside += not low <= r <= high
-            A = advantages[i] / (len(places) if cfg.ratio == "sequence" else 1)  # GSPO counts answers, not tokens
-            if cfg.surrogate == "cispo":
-                total = total - r.clamp(max=high).detach() * A * logps[i, t]
-            else:
-                total = total - torch.min(r * A, r.clamp(low, high) * A)
-    assert outside > 3
-    assert loss.item() == pytest.approx(total.item(), rel=1e-9)
-    grads = [torch.autograd.grad(x, logps)[0] for x in (loss, total)]
-    assert torch.allclose(*grads, atol=1e-12)
 
 
 # TRL has no cispo with a constant length, nor with a ratio an answer
@@ -182,30 +131,9 @@ def test_the_gradient_of_a_step_is_the_plain_loops(play, monkeypatch, changes):
     plain = flat_gradient(loss, before)
     assert plain.abs().max() > 0.01
     assert (gradient(checkpoint) - plain).abs().max() <= 1e-6
+    # the log speaks of all answers, also of groups that nothing is learned from
     assert record["score"] == pytest.approx(scorer(documents).mean().item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_what_the_log_says_of_the_answers(play, monkeypatch, skip):
-    """Length, entropy and KL are those of the answers, all of them, also of groups that nothing is learned from."""
-    actor, reference, _ = models = toy_models(head_std=0.5)
-    reference.lm_head.weight.data.zero_()
-    rollouts = spy(monkeypatch, grpo, "rollout")
-
-    def scorer(documents):
-        return torch.tensor([1.0 if ids[0] < 4 else float(sum(ids)) for ids, _ in documents])
-
-    _, (_, record) = play(grpo, models, PROMPTS, stop=15, scorer=scorer, batch_size=6, group_size=4,
-                          skip_flat_groups=skip, lr=1e-30, min_lr=1e-30)
-    documents = rollouts[0][1]
-    lengths = [sum(mask) for _, mask in documents]
-    with torch.no_grad():
-        nats, ref_nats = ([n * mean_nll(model, [document]).item() for n, document in zip(lengths, documents)]
-                          for model in (actor, reference))  # -log p of each answer
-    assert len(set(lengths)) > 2
-    assert record["length"] == pytest.approx(np.mean(lengths), abs=1e-5)
-    assert record["entropy"] == pytest.approx(sum(nats) / sum(lengths), abs=1e-4)
-    assert record["kl"] == pytest.approx(np.mean(ref_nats) - np.mean(nats), abs=1e-4)
+    assert record["length"] == pytest.approx(np.mean([sum(mask) for _, mask in documents]))
 
 
 @pytest.mark.parametrize("surrogate", ["ppo", "cispo"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 from conftest import ROOT
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from small_runs import STAGES
 
 import configurator
-from configurator import check, help_text, load_config, run
+from configurator import Count, NonNegative, Positive, Share, Whole, check, help_text, load_config, run
+from test_configurator import config_file, refused  # noqa: F401 (fixture)
 
 
 @dataclass
-class Config:
+class Config:  # as that of test_configurator.py, without the setting that needs another
     name: str = ""
     lr: float = 1e-3
     max_steps: int = 1000
@@ -105,7 +107,9 @@ def raises(error):
 @pytest.mark.parametrize("error, words", [
     (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: [Errno 2] No such file or directory: 'x.txt'"),
     (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
-    (ValueError("head_dim=7 must be even"), "error: head_dim=7 must be even")])
+    (ValueError("head_dim=7 must be even"), "error: head_dim=7 must be even"),
+    (ModuleNotFoundError("No module named 'x'", name="x"), f"error: x is not installed in this Python ({sys.executable})."
+     " Run `source .venv/bin/activate`, or `pip install -r requirements.txt`")])
 def test_what_a_user_can_cause_ends_in_one_line(error, words, monkeypatch, capsys):
     assert ends(raises(error), monkeypatch, capsys) == (1, words)
 
@@ -157,17 +161,6 @@ def test_settings_that_cannot_be_read_end_in_one_line_too(monkeypatch, capsys):
         run(lambda cfg: None, Config)
 
 
-@pytest.mark.parametrize("words", [
-    *([f"{name}.py"] for name in ("prepare", *STAGES, "sample")),
-    *(["-m", f"tools.{name}"] for name in ("serve", "export", "evaluate"))], ids=lambda words: words[-1])
-def test_without_the_packages_a_script_says_how_to_get_them(words):
-    """-S: a Python that knows nothing of what is installed in .venv."""
-    done = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == (
-        f"error: torch is not installed in this Python ({sys.executable}). Run `source .venv/bin/activate`, or "
-        "`pip install -r requirements.txt`\n")
-
-
 def test_a_console_without_chinese_prints_escapes():
     code = ("from dataclasses import dataclass\nfrom configurator import check, run\n"
             "@dataclass\nclass Config:\n    x: int = 1\n"
@@ -176,3 +169,59 @@ def test_a_console_without_chinese_prints_escapes():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert (done.returncode, done.stdout, done.stderr) == (1, b"\\u5e8a\n", b"error: \\u524d\n")
+
+
+@pytest.mark.parametrize("code,words", [("lr = 1 / 0", "ZeroDivisionError"), ("lr = = 1", "SyntaxError"),
+                                        ("import nowhere_to_be_found", "ModuleNotFoundError")])
+def test_a_config_file_that_fails_is_named(config_file, code, words):  # noqa: F811
+    path = config_file(code)
+    message = refused(path)
+    assert message.startswith(f"config file {path}: {words}")
+
+
+# ---------------------------------------------------------------------------- types and ranges
+
+
+@dataclass
+class Ranges:
+    number: float = 1.0
+    integer: int = 1
+    switch: bool = True
+    count: Count = 1
+    whole: Whole = 0
+    positive: Positive = 1.0
+    non_negative: NonNegative = 0.0
+    share: Share = 0.5
+    choice: Literal["adamw", "muon"] = "adamw"
+
+
+WANTED = {  # field: (what it wants, values it takes, values it refuses)
+    "number": ("a number", ["3e-4", "-2", "inf"], ["fast", "", "True", "'1'", "(1,2)", "1" + 400 * "0"]),
+    "integer": ("a whole number", ["-1", "1e5", "20.0", "10_000"], ["0.5", "inf", "nan", "1e-5", "ten", "True", "os.getcwd()"]),
+    "switch": ("True or False", ["0", "1"], ["yes", "2", ""]),
+    "count": ("a whole number, 1 or more", ["1", "1e3", "2.0"], ["0", "-1", "0.5", "1.5", "inf", "nan", "", "x"]),
+    "whole": ("a whole number, 0 or more", ["0", "7", "1e3"], ["-1", "0.5", "-0.5", "inf", "nan", "True"]),
+    "positive": ("a number above 0", ["1e-30", "3", "0.5"], ["0", "-1", "-1e-30", "inf", "nan", "-inf", "''"]),
+    "non_negative": ("a number, 0 or more", ["0", "3", "0.5"], ["-1e-30", "-1", "inf", "nan"]),
+    "share": ("a number from 0 to 1", ["0", "1", "0.5"], ["-0.01", "1.01", "2", "inf", "nan"])}
+
+
+@pytest.mark.parametrize("key", WANTED)
+def test_a_value_of_the_wrong_kind_is_refused_where_it_is_read(key, config_file):  # noqa: F811
+    """The message names the setting, what it wants, the value and where it comes from."""
+    words, good, bad = WANTED[key]
+    for value in good:
+        got = getattr(load_config(Ranges, [f"--{key}={value}"]), key)
+        assert got == float(value) and type(got) is type(getattr(Ranges(), key))
+    for value in bad:
+        message = refused(f"--{key}={value}", Config=Ranges)
+        assert message == f"{key} wants {words}, got {value!r} (from the command line)"
+    path = config_file(f"{key} = [1]")
+    assert refused(path, Config=Ranges) == f"{key} wants {words}, got [1] (from {path})"
+
+
+def test_a_word_that_is_none_of_the_choices():
+    assert load_config(Ranges, ["--choice=muon"]).choice == "muon"
+    for value in ("sgd", "", "Muon", "adamw,muon"):
+        message = refused(f"--choice={value}", Config=Ranges)
+        assert message == f"choice={value!r} (from the command line): known are adamw, muon"

@@ -71,4 +71,6 @@ def test_adapters_learn_by_rl_over_a_frozen_base(place, tmp_path):
     base = load_model(cfg.init_from)[0].state_dict()
     learned = load_model(cfg.out_dir)[0].state_dict()
     assert not torch.equal(base["blocks.0.attn.qkv.weight"], learned["blocks.0.attn.qkv.weight"])
-    assert torch.equal(base["embed.weight"], learned["embed.weight"])
+    # of the embedding, the rows of the chat tokens learn
+    moved = (base["embed.weight"] != learned["embed.weight"]).any(dim=1).nonzero().flatten().tolist()
+    assert moved and set(moved) <= set(place[1].special_names)
