@@ -179,11 +179,11 @@ def test_panels_follow_the_log(runs):
     figure = Figure()
     draw_runs(figure, ["out/poems"], plot.Config())
     assert panels(figure) == {
-        "loss": {"loss", "val_loss"}, "bits a byte": {"val_bits_per_byte"}, "learning rate": {"lr"}}
+        "loss": {"loss", "val_loss"}, "bits per byte": {"val_bits_per_byte"}, "learning rate": {"lr"}}
     figure = Figure()
     draw_runs(figure, ["out/poems-ppo"], plot.Config())
     assert list(panels(figure)) == [
-        "reward", "watched rule", "KL (nats an answer)", "entropy (nats a token)", "learning rate"]
+        "reward", "watched rule", "KL (nats per answer)", "entropy (nats per token)", "learning rate"]
     assert panels(figure)["reward"] == {"score", "val_score"}
     assert all(axis.get_xlabel() == "step" for axis in figure.axes)
     figure = Figure()
@@ -330,7 +330,7 @@ def rows_of(out, names):
 
 
 def test_training_rows(capsys):
-    """Both first losses agree; a row a side; the ratio is that of the tokens a second."""
+    """Both first losses agree; a row a side; the ratio is that of the tokens per second."""
     pytest.importorskip("transformers")
     bench.main(bench.Config(what="train", **FAST))
     out = capsys.readouterr().out
@@ -362,7 +362,7 @@ def test_decoding_rows(capsys):
 
 
 def test_rollout_row(place, capsys):
-    """Answer tokens a second of a run on the prompts of a data folder, with groups of answers."""
+    """Answer tokens per second of a run on the prompts of a data folder, with groups of answers."""
     root, _ = place
     cfg = bench.Config(what="rollout", run=f"{root}/base", data_dir=f"{root}/prompts", n_prompts=3, group_size=2,
                        max_new_tokens=5, vs="none", **FAST)
