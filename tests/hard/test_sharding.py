@@ -1,18 +1,14 @@
-"""--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py).
-
-    torchrun --standalone --nproc_per_node=2 tests/test_sharding.py JOBS.json      what the tests start
-"""
+"""--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py)."""
 import dataclasses
 import json
 import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_in_ranks
+from small_runs import read_log
 
 import pretrain
 from common.checkpoint import load_checkpoint, load_model
@@ -23,7 +19,6 @@ from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, train_tokenizer
 from tools import export
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what a run in shards must get right, each in one of three: tied embeddings, blocks computed again, Muon, experts
 KINDS = {
     "dense": dict(checkpoint_blocks=True),
@@ -63,30 +58,12 @@ def runs(data, tmp_path):
     return make
 
 
-def in_ranks(processes, jobs, file, fails=False):
-    """Do jobs, [(what, settings), …], in so many processes of torchrun; return what they printed."""
-    with open(file, "w") as f:
-        json.dump(jobs, f)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, "tests/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
-    assert fails or done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
 def stages(runs):
     return [("pretrain", dataclasses.asdict(cfg)) for cfg in runs.values()]
 
 
 def copies(runs, target):
     return [("copy", {"source": cfg.out_dir, "target": target[kind].out_dir}) for kind, cfg in runs.items()]
-
-
-def log_of(cfg):
-    """The numbers of a run's log, without its speed."""
-    with open(f"{cfg.out_dir}/log.jsonl") as f:
-        records = [json.loads(line) for line in f]
-    return [{name: value for name, value in r.items() if name not in ("tok/s", "seconds")} for r in records]
 
 
 def test_shards_equal_one_process(runs, tmp_path, capsys):
@@ -100,16 +77,16 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
     in_four = runs("four", STEPS, shard=True)
     by_ddp = runs("ddp", STEPS)
     alone = runs("alone", STEPS, shard=True)
-    in_ranks(2, [*stages(half), *copies(half, in_two), *copies(half, in_four), *copies(half, by_ddp),
-                 *copies(half, alone), *stages(in_two), *stages(by_ddp)], tmp_path / "jobs.json")
-    in_ranks(4, stages(in_four), tmp_path / "jobs.json")
+    run_in_ranks(2, [*stages(half), *copies(half, in_two), *copies(half, in_four), *copies(half, by_ddp),
+                 *copies(half, alone), *stages(in_two), *stages(by_ddp)], f"{tmp_path}/jobs.json")
+    run_in_ranks(4, stages(in_four), f"{tmp_path}/jobs.json")
     for cfg in alone.values():
         pretrain.main(cfg)
     assert capsys.readouterr().out.count("resuming") == len(KINDS)
     for kind, cfg in whole.items():
         expected = load_checkpoint(cfg.out_dir)["model"]
         for other in (in_two, in_four, by_ddp, alone):
-            for ours, theirs in zip(log_of(cfg), log_of(other[kind]), strict=True):
+            for ours, theirs in zip(read_log(cfg.out_dir), read_log(other[kind].out_dir), strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-5)
             checkpoint = load_checkpoint(other[kind].out_dir, shards_too=True)
             in_shards = other in (in_two, in_four)
@@ -124,10 +101,10 @@ def test_one_file_of_shards(runs, tmp_path, capsys):
     """A run in shards says what to do where it must be whole; tools.export makes one file of them, and no other
     checkpoint's shards stay on the disk."""
     cfg = runs("shards", HALF, shard=True)["muon"]
-    in_ranks(2, stages({"muon": cfg}), tmp_path / "jobs.json")
+    run_in_ranks(2, stages({"muon": cfg}), f"{tmp_path}/jobs.json")
     os.makedirs(f"{cfg.out_dir}/ckpt-4")  # as a run leaves it that is killed before ckpt.pt names it
     longer = dataclasses.replace(cfg, max_steps=HALF + 1)
-    out = in_ranks(2, stages({"muon": longer}), tmp_path / "jobs.json")
+    out = run_in_ranks(2, stages({"muon": longer}), f"{tmp_path}/jobs.json")
     assert f"at step {HALF} of" in out
     assert sorted(name for name in os.listdir(cfg.out_dir) if "-" in name) == ["best-3", "ckpt-4"]
     with pytest.raises(SystemExit):
@@ -140,7 +117,7 @@ def test_one_file_of_shards(runs, tmp_path, capsys):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     # a whole run cannot go on in shards, but a run in shards can begin with its weights
     begun = dataclasses.replace(cfg, max_steps=1, init_from=merged, out_dir=str(tmp_path / "begun"), lr=1e-9)
-    in_ranks(2, stages({"muon": begun}), tmp_path / "jobs.json")
+    run_in_ranks(2, stages({"muon": begun}), f"{tmp_path}/jobs.json")
     after = read_shards(f"{begun.out_dir}/ckpt-1")
     assert all((weight - after[name]).abs().max() < 1e-6 for name, weight in weights.items())
 
@@ -148,9 +125,9 @@ def test_one_file_of_shards(runs, tmp_path, capsys):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_model_without_memory_begins_as_any_other(tmp_path, processes):
     """Made on the meta device, filled shard by shard: every weight and buffer is that of the plain start, to the bit."""
-    in_ranks(processes, [("begin", changes) for changes in (
+    run_in_ranks(processes, [("begin", changes) for changes in (
         dict(), dict(qkv_bias=True, qk_norm=True, tie_embeddings=False), dict(n_experts=3, n_layers=3))],
-             tmp_path / "jobs.json")
+             f"{tmp_path}/jobs.json")
 
 
 def begin(changes):
@@ -200,28 +177,3 @@ def test_blocks_travel_in_the_dtype_of_matmuls(tmp_path, changes):
     for ours, theirs in zip(grads, others, strict=True):
         assert theirs.dtype == torch.float32
         assert (ours - theirs).norm() <= 0.02 * ours.norm()
-
-
-def main(path):
-    def stay(cfg, env, step, hint=""):
-        # finish() would end this process, and there are more runs to come
-        if env.lock:
-            env.lock.close()
-        dist.barrier()
-
-    pretrain.finish = stay
-    with open(path) as f:
-        jobs = json.load(f)
-    for what, settings in jobs:
-        if what == "pretrain":
-            pretrain.main(pretrain.Config(**settings))
-        elif what == "begin":
-            begin(settings)
-        elif dist.get_rank() == 0:
-            shutil.copytree(settings["source"], settings["target"])
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
