@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from common.distributed import all_sum, leave
 from common.lora import adapters_of, merge_adapters, weights_hash
-from common.sharding import is_shard, load_shards
+from common.sharding import is_shard, load_shards, shard_checkpoint
 from configurator import check
 from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import load_tokenizer
@@ -90,10 +90,8 @@ def find(stage, same, cfg, env, model, tokenizer):
         return None
     then = checkpoint["config"]
     now = dataclasses.asdict(cfg)
-    check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or merged): no run that could go "
-          "on. Choose another --out_dir")
-    check(checkpoint.get("shards") or not is_shard(model.embed.weight), f"{path} was saved whole, and goes on only so: leave out "
-          f"--shard, or begin a run in shards from its weights, with --init_from={cfg.out_dir} and another --out_dir")
+    check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or "
+          "merged): no run that could go on. Choose another --out_dir")
     theirs = identity(then, same, checkpoint["model_config"], checkpoint.get("lora"), checkpoint["fingerprint"])
     ours = identity(now, same, vars(model.config), getattr(model, "lora", None), tokenizer.fingerprint)
     different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
@@ -135,6 +133,8 @@ def restore(checkpoint, model, optimizers, env):
     if checkpoint.get("shards"):
         load_shards(checkpoint["shards"], learned_weights(model), optimizers)
     else:
+        if is_shard(next(model.parameters())):
+            shard_checkpoint(checkpoint, model, optimizers)
         model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             # averages are the checkpoint's; rates, decay and momentum are what the settings say now
@@ -155,7 +155,7 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
     states = [optimizer.state_dict() for optimizer in optimizers]
     shards = ""
-    if is_shard(model.embed.weight):
+    if is_shard(next(model.parameters())):
         # all processes write, each its part, to a folder that ckpt.pt will name
         from torch.distributed.checkpoint import save as save_shards
         shards = f"{name.removesuffix('.pt')}-{step}"

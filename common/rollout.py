@@ -183,7 +183,7 @@ def k3(logps, ref_logps):
 
 
 def summary(batch, env):
-    """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
+    """Return means over the answers of all processes: score, KL from the reference in nats per answer, length, share
     that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
     rows = {

@@ -17,7 +17,7 @@ import re
 from configurator import fail
 from readers.account import Part, Skip
 from readers.encodings import open_text, repair
-from readers.json_files import read_json, read_jsonl
+from readers.json_files import BROKEN, DECODER, read_json, read_jsonl, read_lines
 from readers.tables import read_csv, read_parquet
 from readers.zstd import ZstdFile
 
@@ -73,9 +73,31 @@ def stem(path):
     return os.path.basename(path).split(".")[0]
 
 
+def is_json(line):
+    """Whether a line is a JSON object."""
+    try:
+        return line.startswith(b"{") and isinstance(DECODER.decode(line.decode(errors="replace")), dict)
+    except BROKEN:
+        return False
+
+
+def check_blank_lines(head):
+    """Raise Skip where a .txt has long lines and no blank one among them: is a line a document, or the whole file?"""
+    lines = head.split(b"\n")
+    if len(lines) > 10 and all(map(bytes.strip, lines[:-1])) and len(head) / len(lines) > 500:
+        raise Skip("unclear where documents end", f"no blank line is in it, and its lines are long ({len(head) // len(lines):,}"
+                   " bytes each): --txt_document=line takes each line as a document, --txt_document=file the whole file")
+
+
 def read_txt(raw, txt_document):
     f = open_text(raw)
-    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", f.buffer.peek()):
+    head = f.buffer.peek()
+    if is_json(head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")[0]):
+        yield from read_lines(f)
+        return
+    if txt_document == "blank":
+        check_blank_lines(head)
+    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):
         txt_document = "marked"  # its documents say themselves where they end
     held = []
     size = 0

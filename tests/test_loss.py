@@ -70,7 +70,7 @@ def text(n=315):
 
 
 def test_bits_per_byte_by_hand():
-    """A model that knows nothing: ln V nats a token, so log2 V bits a token, over the bytes that a token stands for."""
+    """A model that knows nothing: ln V nats per token, so log2 V bits a token, over the bytes that a token stands for."""
     model = small_model()
     torch.nn.init.zeros_(model.embed.weight)
     val = text()

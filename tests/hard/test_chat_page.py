@@ -1,4 +1,4 @@
-"""tools/chat.html in a real browser, against a live server in this process: turns, stopping, answering again, a phone."""
+"""tools/chat.html in a browser, against a live server in this process: turns, stopping, answering again, a phone."""
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs fastapi")
