@@ -288,6 +288,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -300,7 +301,6 @@ class Transformer(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.seed = torch.randint(2 ** 62, (), device="cpu").item()
         if not self.embed.weight.is_meta:
             with torch.no_grad():
                 for name, values in self.initial_weights():
