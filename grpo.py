@@ -4,9 +4,10 @@ as good as its lead over the other answers to the same prompt (DeepSeekMath, sec
 
     python grpo.py config/poems_grpo.py                                            # a rule as the reward
     python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
+    python grpo.py config/sums_grpo.py --reward= --teacher=out/sums-grpo --out_dir=out/sums-taught    # a teacher, token by token
     torchrun --standalone --nproc_per_node=4 grpo.py config/poems_grpo.py --grad_accum=4
 
-in:  out/<sft run>, a reward function or out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
+in:  out/<sft run>, a reward function, out/<reward run> or a teacher, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
 
     one prompt ──▶ eight answers ──▶ eight scores        1   0   0   1   0   0   0   0     mean 0.25
@@ -17,7 +18,8 @@ What differs from the papers:
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
  3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
  4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3);
- 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens.
+ 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens, those
+    with --ratio=sequence over answers (GSPO).
 """
 import math
 import time
@@ -28,19 +30,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import (
-    catch_signals, find, finish, load_model,
-    load_reward_model, log, own, restore,
-    save, trim_log)
+from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
+from common.checkpoint import log, own, restore, save, trim_log
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
+from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import (
-    all_logps, check_minibatches, check_prompts, evaluate,
-    function_scorer, k3, make_batch, minibatch_rows,
-    model_scorer, must_stop, rollout, step_prompts,
-    summary)
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
+from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts, summary
+from common.rollout import teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -58,9 +57,14 @@ class Config:
     # reward
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
     reward_from: str = ""                   # or a run of reward.py
+    teacher: str = ""                       # or a run that judges each token (on-policy distillation), and is the reference
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
+    # adapters (common/lora.py): with them the model is the policy, without them the reference
+    lora_rank: Whole = 0                    # 0: train all weights
+    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # advantages
     advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
     group_size: Count = 8                   # answers a prompt, at least 2
@@ -74,7 +78,7 @@ class Config:
     max_steps: Count = 100
     ppo_epochs: Count = 1                   # passes over a step's answers
     minibatches: Count = 1                  # optimizer steps in a pass
-    clip: Positive = 0.2                    # ratios stay within 1 ± clip
+    clip: NonNegative = 0.0                 # ratios stay within 1 ± clip; 0: 0.2, of whole answers 3e-4 (GSPO)
     clip_high: NonNegative = 0.0            # upper end of the ratio, 1 + clip_high (DAPO); 0: as clip
     ratio: Literal["token", "sequence"] = "token"  # of each token, or one of the whole answer (GSPO)
     surrogate: Literal["ppo", "cispo"] = "ppo"
@@ -96,8 +100,14 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
+    "clip": "ppo_epochs * minibatches > 1",
+    "clip_high": "ppo_epochs * minibatches > 1",
+    "ratio": "ppo_epochs * minibatches > 1",
+    "surrogate": "ppo_epochs * minibatches > 1",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -125,13 +135,16 @@ def group_advantages(totals, group_size, kind):
 
 
 def policy_loss(logps, old_logps, advantages, mask, cfg):
-    """Clipped surrogate (PPO, eq. 7) and its variants, summed over answer tokens; return (loss, ratio (B, T))."""
+    """Clipped surrogate (PPO, eq. 7) and its variants, summed over answer tokens, with ratio="sequence" over answers;
+    return (loss, ratio (B, T))."""
     log_ratio = (logps - old_logps) * mask
+    weights = mask
     if cfg.ratio == "sequence":
         # GSPO (arXiv 2507.18071, eq. 7): the answer's ratio is the geometric mean of its tokens'
         length = mask.sum(1, keepdim=True).clamp(min=1)
         mean = log_ratio.sum(1, keepdim=True) / length
         log_ratio = mean * mask
+        weights = mask / length  # each answer counts once
     ratio = log_ratio.exp()
     low = 1 - cfg.clip
     high = 1 + (cfg.clip_high or cfg.clip)
@@ -143,7 +156,7 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
         plain = -advantages * ratio
         clipped = -advantages * ratio.clamp(low, high)
         loss = torch.max(plain, clipped)
-    return (loss * mask).sum(), ratio
+    return (loss * weights).sum(), ratio
 
 
 def main(cfg):
@@ -152,16 +165,30 @@ def main(cfg):
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
-    check(G > 1, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
-    check(bool(cfg.reward) != bool(cfg.reward_from), "give either --reward=FILE.py:FUNCTION or --reward_from=RUN")
+    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
+    judges = [name for name in (cfg.reward, cfg.reward_from, cfg.teacher) if name]
+    check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
+          f"{len(judges)}: {', '.join(judges)}")
     check_minibatches(cfg.minibatches, cfg.batch_size * G)
+    cfg.clip = cfg.clip or {"token": 0.2, "sequence": 3e-4}[cfg.ratio]
 
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
-    model, tokenizer, _ = load_model(cfg.init_from, env.device)
-    reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    model, tokenizer, base = load_model(cfg.init_from, env.device)
+    if cfg.teacher or not cfg.lora_rank:
+        reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+        reference.requires_grad_(False)
+        check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+              f"{cfg.init_from}: their probabilities cannot be compared")
+    if cfg.lora_rank:
+        start_lora(model, cfg, base["model"], tokenizer)
+        if not cfg.teacher:
+            reference = WithoutAdapters(model)
+    del base
     if cfg.reward:
         scorer = function_scorer(cfg.reward, tokenizer, env)
+    elif cfg.teacher:
+        scorer = teacher_scorer(reference, tokenizer.pad_id, env)
     else:
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
@@ -173,7 +200,8 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, model.config.max_seq_len)
+    window = min(model.config.max_seq_len, reference.config.max_seq_len)
+    check_prompts((train, val), cfg, window, model.trained_len, env)
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
@@ -205,25 +233,38 @@ def main(cfg):
 
         # (2) score the answers, and keep the log-probs of the policy before its update, and of the reference
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
+        if must_stop(batch, env):
+            break
+        if step == 0:
+            score_scale(batch, cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(model, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
-        if must_stop(batch, env):
-            break
         record = summary(batch, env)
         scored = time.perf_counter()
 
         # (3) advantages: an answer is as good as its lead over the other answers to its prompt
         # an answer that was cut is worth less than its score, or the model would learn never to end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
+        earned = scores
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
-        # every token of an answer gets the answer's advantage
-        batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask    # (B, T)
+        if cfg.teacher:
+            # a judge for every token: how much likelier the teacher finds it than the policy did. Its mean over the
+            # policy's own answers is -KL(policy || teacher), which is what distillation wants to be 0
+            batch["advantages"] = (batch["ref_logps"] - batch["logps"]) * mask              # (B, T)
+        else:
+            # every token of an answer gets the answer's advantage
+            batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
         if cfg.skip_flat_groups:
             # nothing can be learned where all answers are worth the same: such tokens do not count in the means
-            flat = scores.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
+            flat = earned.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
             batch["mask"] = mask * (~flat).float().repeat_interleave(G)[:, None]
+
+        # how much a token counts: all the same, with GSPO all answers the same
+        batch["weights"] = batch["mask"]
+        if cfg.ratio == "sequence":
+            batch["weights"] = batch["mask"] / mask.sum(1, keepdim=True).clamp(min=1)
 
         # (4) update, once or a few times: the ratio corrects for the policy having moved since it answered, the clip
         # limits how far
@@ -233,7 +274,7 @@ def main(cfg):
             epoch, minibatch = divmod(update, cfg.minibatches)
             rows = minibatch_rows(cfg, cfg.batch_size * G, step, epoch, minibatch, micro).to(env.device)
             # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
-            n_tokens, n_rows = all_sum([batch["mask"][rows].sum(), len(rows)], env)
+            n_tokens, n_rows = all_sum([batch["weights"][rows].sum(), len(rows)], env)
             weight = env.world / max(n_tokens, 1.0)
             if cfg.advantage == "dr_grpo":
                 # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
@@ -259,7 +300,7 @@ def main(cfg):
                     hidden = net(b["ids"])                                         # (rows, T, C)
                     logps = token_logps(hidden, model.head_weight, b["targets"], b["mask"], cfg.temperature)
                 loss, ratio = policy_loss(logps, b["logps"], b["advantages"], b["mask"], cfg)
-                kl = (k3(logps, b["ref_logps"]) * b["mask"]).sum()
+                kl = (k3(logps, b["ref_logps"]) * b["weights"]).sum()
                 if cfg.advantage == "rloo":
                     kl = kl.detach()  # it is part of the reward already
                 ((loss + cfg.kl_coef * kl) * weight).backward()
@@ -267,7 +308,7 @@ def main(cfg):
                 outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
                 stats["policy_loss"] += loss.item() * weight
                 stats["loss_kl"] += kl.item() * weight
-                stats["clip_share"] += (outside * b["mask"]).sum().item() * weight
+                stats["clip_share"] += (outside * b["weights"]).sum().item() * weight
                 if update == 0:
                     # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
                     off = (ratio.detach() - 1).abs() * b["mask"]
@@ -285,11 +326,8 @@ def main(cfg):
         # one line in the log: what the answers were like, what was learned, where the time went
         totals = all_sum(list(stats.values()), env)
         record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
-        record["first_ratio_error"] = first_ratio_error
-        record["lr"] = lr
-        record["generate_share"] = (generated - began) / seconds
-        record["score_share"] = (scored - generated) / seconds
-        record["seconds"] = seconds
+        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
+        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers

@@ -254,7 +254,7 @@ class FeedForward(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         # each token by itself: what attention has gathered is looked up in the weights, where a model keeps its facts
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                # (..., hidden_dim) each
         return self.down(F.silu(gate) * up)
@@ -273,10 +273,10 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.dim, config.hidden_dim)
 
-    def forward(self, x, cos, sin, mask=None, append=None):
+    def forward(self, x, cos, sin, mask=None, append=None, real=None):
         # the plain "x +" leaves gradients a straight way down to the first layer, however deep the model is
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, append)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), real)
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -289,6 +289,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
+        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; unknown: as many as it sees
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -334,6 +335,7 @@ class Transformer(nn.Module):
         positions, mask = positions_and_mask(ids, docs, cache)
         cos = self.cos[positions].unsqueeze(-2)                                    # ([B,] T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
+        real = None if docs is None else docs > 0  # document 0 is padding
         # the residual stream: C numbers a token, to which every layer adds what it finds
         x = self.embed(ids)                                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -342,9 +344,9 @@ class Transformer(nn.Module):
                 append = functools.partial(cache.append, layer)
                 x = block.forward(x, cos, sin, mask, append)
             elif self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, None, real, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask)
+                x = block(x, cos, sin, mask, None, real)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -415,7 +417,7 @@ class MoE(nn.Module):
         # tokens an expert got since the last update
         self.register_buffer("load", torch.zeros(E, device="cpu"), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         shape = x.shape
         x = x.reshape(-1, shape[-1])                                               # (N, C)
         # route: k experts a token. In fp32, so that near-ties do not depend on how bf16 rounds
@@ -432,9 +434,13 @@ class MoE(nn.Module):
         expert = chosen.view(-1)
         order = expert.argsort(stable=True)
         experts = torch.arange(len(self.bias), device=x.device)
-        count = (expert[:, None] == experts).sum(0)                                # (E)
+        is_sent = expert[:, None] == experts                                       # (N*k, E)
+        count = is_sent.sum(0)                                                     # (E)
         if torch.is_grad_enabled():
-            self.load += count
+            # the load to keep even is that of real tokens; padding, all alike, would fill an expert of its own
+            if real is not None:
+                is_sent = is_sent & real.reshape(-1, 1).repeat_interleave(self.k, dim=0)
+            self.load += is_sent.sum(0)
         # one grouped matmul for all experts: block i of the rows times matrix i
         block_ends = count.cumsum(0).to(torch.int32)
         dtype = matmul_dtype(x)

@@ -7,8 +7,8 @@ PPO: raise the reward of the model's own answers without leaving the model it st
 in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
 
-    actor         answers, and learns                          reward model   scores a whole answer
-    reference     the actor as it was: KL is measured from it  critic         predicts the score from an answer's beginning
+    actor       answers, and learns                            reward model  scores a whole answer
+    reference   the actor as it was: KL is measured from it    critic        predicts the score from an answer's beginning
 
 One step: (1) generate answers, (2) score them, (3) log-probs of actor and reference, values of the critic,
 (4) per-token rewards, (5) advantages, (6) a few epochs of clipped updates. What differs from the papers:
@@ -27,20 +27,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import (
-    catch_signals, find, finish, load_model,
-    load_reward_model, log, own, restore,
-    save, trim_log)
+from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
+from common.checkpoint import log, own, restore, save, trim_log
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import (
-    all_logps, check_minibatches, check_prompts, evaluate,
-    function_scorer, k3, make_batch, minibatch_rows,
-    model_scorer, must_stop, rollout, step_prompts,
-    summary)
-from configurator import Count, NonNegative, Positive, Share, Whole, run
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
+from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts, summary
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
 # a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
@@ -74,7 +69,6 @@ class Config:
     minibatches: Count = 2                  # optimizer steps in a pass
     clip: Positive = 0.2                    # ratios stay within 1 ± clip
     value_clip: NonNegative = 0.0           # values stay within old ± value_clip, in units of the reward; 0: no limit
-    target_kl: NonNegative = 0.0            # > 0: end the step's updates once k3(old, new) per token exceeds it
     # text or conversations mixed in (PPO-ptx)
     ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
@@ -95,8 +89,12 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds: ratios differ from 1, and values from what they were, from the second
+# update on
 NEEDS = {
+    "clip": "ppo_epochs * minibatches > 1",
+    "value_clip": "ppo_epochs * minibatches > 1",
+    "target_kl": "ppo_epochs * minibatches > 1",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -218,7 +216,10 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, min(actor.config.max_seq_len, critic.config.max_seq_len))
+    window = min(actor.config.max_seq_len, critic.config.max_seq_len)
+    check_prompts((train, val), cfg, window, actor.trained_len, env)
+    check(cfg.critic_warmup < cfg.max_steps, f"critic_warmup={cfg.critic_warmup} of max_steps={cfg.max_steps}: the actor "
+          "would never learn")
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, actor.config.max_seq_len, env)
 
@@ -257,12 +258,18 @@ def main(cfg):
         # (2) score the answers, (3) log-probs of actor and reference, values of the critic: all of it before the first
         # update, for afterwards the actor is another
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
+        if must_stop(batch, env):
+            break
+        if step == 0:
+            mean, deviation = score_scale(batch, cfg, env)
+            if cfg.reward:
+                # the critic comes from a reward model; in the units of the rule it would have to learn far too long
+                critic.head.weight.data *= deviation
+                critic.head.bias.data.fill_(mean)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(actor, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
         batch["values"] = all_values(critic, batch, cfg, env)                      # (B, T)
-        if must_stop(batch, env):
-            break
         record = summary(batch, env)
         scored = time.perf_counter()
 
@@ -280,14 +287,12 @@ def main(cfg):
         stats = dict.fromkeys(("policy_loss", "value_loss", "clip_share", "step_kl", "ptx_loss", "norm"), 0.0)
         learning = step >= cfg.critic_warmup
         first_ratio_error = 0.0
-        updates = 0
         for update in range(cfg.ppo_epochs * cfg.minibatches):
             epoch, minibatch = divmod(update, cfg.minibatches)
             rows = minibatch_rows(cfg, cfg.batch_size, step, epoch, minibatch, micro).to(env.device)
             # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
             n_tokens = all_sum([mask[rows].sum()], env)[0]
             weight = env.world / max(n_tokens, 1.0)
-            sums = dict.fromkeys(("policy_loss", "value_loss", "clip_share", "step_kl", "ptx_loss"), 0.0)
 
             # text or conversations that the model should not forget; their gradients wait for those of the answers
             if cfg.ptx_coef and learning:
@@ -298,7 +303,7 @@ def main(cfg):
                     ptx_logps = token_logps(actor_net(x), actor.head_weight, y, weights)
                 ptx_loss = -(weights * ptx_logps).sum()
                 (cfg.ptx_coef * ptx_loss * env.world).backward()
-                sums["ptx_loss"] += ptx_loss.item() * env.world
+                stats["ptx_loss"] += ptx_loss.item() * env.world
 
             # a minibatch in parts that fit into memory; their gradients add up
             parts = rows.split(cfg.batch_size)
@@ -323,22 +328,13 @@ def main(cfg):
 
                 # what to watch: how many ratios were clipped, and how far this step's updates have moved the actor
                 off = (ratio.detach() - 1).abs() * b["mask"]
-                sums["policy_loss"] += actor_loss.item() * weight
-                sums["value_loss"] += critic_loss.item() * weight
-                sums["clip_share"] += (off > cfg.clip).sum().item() * weight
-                sums["step_kl"] += (k3(b["logps"], logps.detach()) * b["mask"]).sum().item() * weight
+                stats["policy_loss"] += actor_loss.item() * weight
+                stats["value_loss"] += critic_loss.item() * weight
+                stats["clip_share"] += (off > cfg.clip).sum().item() * weight
+                stats["step_kl"] += (k3(b["logps"], logps.detach()) * b["mask"]).sum().item() * weight
                 if update == 0:
                     # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
                     first_ratio_error = max(first_ratio_error, off.max().item())
-
-            # the means over all processes, and for all of them the same decision
-            totals = all_sum(list(sums.values()), env)
-            sums = {name: total / env.world for name, total in zip(sums, totals)}
-            if cfg.target_kl and sums["step_kl"] > cfg.target_kl:
-                # the policy has moved far enough: drop these gradients and end the step
-                actor_optimizer.zero_grad(set_to_none=True)
-                critic_optimizer.zero_grad(set_to_none=True)
-                break
 
             # clip, step, and make room for the next gradients; the actor waits until the critic has warmed up
             norm = clip_grad_norm_(actor.parameters(), cfg.grad_clip or math.inf).item()
@@ -349,33 +345,27 @@ def main(cfg):
                 actor_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
-            sums["norm"] = norm
-            for name, value in sums.items():
-                stats[name] += value
-            updates += 1
+            stats["norm"] += norm
         step += 1
         seconds = time.perf_counter() - began
 
         # one line in the log: what the answers were like, what was learned, where the time went
-        record.update({name: total / max(1, updates) for name, total in stats.items()})
-        record["updates"] = updates
-        record["first_ratio_error"] = first_ratio_error
-        record["lr"] = lr
-        record["generate_share"] = (generated - began) / seconds
-        record["score_share"] = (scored - generated) / seconds
-        record["seconds"] = seconds
+        totals = all_sum(list(stats.values()), env)
+        record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
+        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
+        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward model being fooled: read the answers
             record.update(evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
         log(cfg, env, step, record)
         if measure:
-            save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf,
-                 critic=critic.state_dict())
+            weights = critic.state_dict()
+            save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf, critic=weights)
     if step < cfg.max_steps:
         # stopped: the last finished step is not lost
-        save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf,
-             critic=critic.state_dict())
+        weights = critic.state_dict()
+        save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf, critic=weights)
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 

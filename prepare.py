@@ -1,62 +1,59 @@
 """
 Raw files, or a named recipe, to a folder of tokens that the stages open with memmap.
 
-    python prepare.py poems                                            # a recipe of recipes/poems.py
+    python prepare.py poems                                            # a recipe: recipes/poems.py writes plain files
     python prepare.py my_data --input=corpus/                          # pretraining text, trains a tokenizer
     python prepare.py my_sft --input=chat.jsonl --kind=sft --tokenizer=data/my_data
     python prepare.py my_sft --show=5                                  # look at a folder: learned tokens are green
-    python prepare.py stories --input=data00.json --fields=text:story  # say which field is which
 
-in:  .txt .jsonl .json .csv .parquet, plain or compressed (recipes/records.py); every record's schema is told by the
-     names of its fields (recipes/schemas.py)
+in:  plain UTF-8, read here: .txt with a blank line between documents, or .jsonl with one of these on each line
+         --kind=text      {"text": "床前明月光，…"}
+         --kind=sft       {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+         --kind=pairs     {"prompt": "…", "answers": ["the best", …, "the worst"]}
+         --kind=prompts   {"prompt": "…"}
+     everything else that people have: readers/ (other formats, encodings and fields, damaged files)
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
-Two passes. The first reads and cleans all documents into one temporary file (recipes/documents.py), and keeps 18 bytes
-of each in memory: its hash (BLAKE2 with the seed as its key), where it ends, what it asks for. In the order of the
-hashes documents are shuffled, copies stand side by side, and the end is the validation split. The second pass tokenizes
-them in that order on all cores. So memory does not grow with the text, and neither the order of the files nor the
-number of workers changes the result.
+Two passes. The first reads and cleans all documents into one temporary file, and keeps 26 bytes of each in memory: its
+hash, its question's, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand side by side, and
+the end is held out for validation (common/documents.py). The second pass tokenizes them in that order on all cores. So
+memory does not grow with the text, and neither the order of the files nor the number of workers changes the result.
 """
-import array
 import collections
-import concurrent.futures
 import dataclasses
+import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import shutil
-import signal
-import threading
 import time
 from typing import Literal
-
-from configurator import Count, Share, Whole, changed, check, run
 
 import numpy as np
 from tqdm import tqdm
 
-from recipes.documents import Account, Documents, cut_in_two, divide, read_documents, write_documents
-from recipes.records import find_files
-from recipes.report import peak_memory, report, show
-from tokenizer import is_learned, load_tokenizer, render_chat, train_tokenizer
+from common.documents import CONTROLS, SPLITS, Documents, clean, cut_in_two, divide, write_documents
+from common.rows import id_type, tokenize_all
+from configurator import Count, Share, Whole, changed, check, run
+from tokenizer import load_tokenizer, train_tokenizer
 
 
 @dataclasses.dataclass
 class Config:
     name: str = ""  # the folder data/<name> to write; without --input, the recipe of that name
     # input
-    input: str = ""  # a file, or a folder that is searched for files
+    input: str = ""  # files, folders (searched for files) and patterns, commas between them; *.bin: token ids
     kind: Literal["text", "sft", "pairs", "prompts"] = "text"  # sft: conversations; pairs: ranked answers; prompts: PPO
     fields: str = ""  # our names for fields of the records: "text:story" or "question:ask,answer:reply"
     txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
     repeat: str = ""  # "dialogues:4,recitals:2": train on the documents of these files (without ending) that often
     poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
+    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which make it somebody else than 明月
     # cleaning
+    markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text, as <|im_end|>: keep their letters
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped
     max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
-    near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (recipes/near_duplicates.py)
+    near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (readers/near_duplicates.py)
     max_skipped: Share = 0.05  # share of unusable records, unread bytes or unknown tokens above which the run stops
     # split
     val_fraction: Share = 0.005  # of the documents; a record's own "split": "train" or "val" comes first
@@ -71,159 +68,163 @@ class Config:
 
 
 DATA = "data"
-CHUNK_BYTES = 4_000_000  # of text that a worker tokenizes at a time
-FILES = {
-    "text": ("bin",),
-    "sft": ("bin", "mask", "idx"),
-    "pairs": ("bin", "mask", "idx", "group"),
-    "prompts": ("bin", "idx"),
-}
+LONG = 1_000_000  # characters: a longer text is not read at once
+PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}
+# What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
+ODD = re.compile(CONTROLS.pattern + "|<|\\[[/gsA-Z]|{{|^\\s*[\\[{]|^version https|"
+                 "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
 COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 
 
-# ---------------------------------------------------------------------------- documents to tokens
+# ---------------------------------------------------------------------------- first pass: files to documents
 
 
-def render(tok, kind, document, max_length, counts):
-    """Rows (ids, mask, the text that counts as content) of one document; none where it does not fit."""
+def read_plain(path):
+    """Yield the records of a plain file. ValueError where it is none: readers/ goes on from there."""
+    with open(path, encoding="utf-8") as f:
+        if path.endswith(".jsonl"):
+            for line in f:
+                if line.strip():
+                    yield json.loads(line)
+            return
+        head = f.read(LONG)
+        if "\n\n" not in head or "<|endoftext|>" in head:
+            raise ValueError("no blank lines are the ends of its documents")
+        f.seek(0)
+        lines = iter(lambda: f.readline(LONG), "")
+        for is_blank, block in itertools.groupby(lines, str.isspace):
+            text = ""
+            for line in block:
+                text += line
+                if len(text) >= LONG:
+                    raise ValueError("a text this long is cut in parts")
+            if not is_blank:
+                yield {"text": text.strip()}
+
+
+def plain_text(text):
+    """A text without anything odd, cleaned. ValueError: readers/ must look at it."""
+    if not isinstance(text, str) or not text.strip() or ODD.search(text):
+        raise ValueError("not plain")
+    return clean(text)
+
+
+def plain_content(record, kind):
+    """What is learned of a record with exactly the fields of its kind: a text, messages, or a prompt and its answers,
+    the best first. ValueError, LookupError or TypeError: it has another form."""
+    if not isinstance(record, dict) or set(record) - {"split"} != PLAIN[kind] or record.get("split") not in SPLITS:
+        raise ValueError("other fields")
     if kind == "text":
-        # however long it is: pretraining goes on with it in its next rows
-        ids = tok.encode(document)
-        ids.append(tok.eot_id)
-        return [(ids, [], document)]
-    rows = []
-    content = json.loads(document)
+        return plain_text(record["text"])
+    if kind == "sft":
+        turns = record["messages"]
+        messages = [{"role": turn["role"], "content": plain_text(turn["content"]).strip()} for turn in turns]
+        roles = [turn["role"] for turn in turns if len(turn) == 2]
+        asked = roles[roles[0] == "system":]
+        if len(roles) < len(turns) or not asked or asked != ["user", "assistant"] * (len(asked) // 2):
+            raise ValueError("another order of turns")
+        return messages
+    messages = [{"role": "user", "content": plain_text(record["prompt"]).strip()}]
     if kind == "prompts":
-        ids, mask = render_chat(tok, content, add_generation_prompt=True)
-        words = "".join(m["content"] for m in content)
-        rows.append((ids, mask, words))
-    elif kind == "sft":
-        ids, mask = render_chat(tok, content)
-        if len(ids) > max_length:
-            # cut it behind the last learned answer that fits, and the line break after <|im_end|>
-            is_end = np.array(ids) == tok.im_end_id
-            is_end &= np.array(mask, bool)
-            ends = np.flatnonzero(is_end) + 1 + len(tok.encode("\n"))
-            end = max(ends[ends <= max_length], default=0)
-            ids = ids[:end]
-            mask = mask[:end]
-            content = content[:ids.count(tok.im_start_id)]
-            counts["cut", "after an answer"] += bool(ids)
-        words = "".join(m["content"] for m in content if is_learned(m))
-        rows.append((ids, mask, words))
-    else:
-        # every answer is a row of its own; earlier answers in the prompt are not judged
-        prompt = content["prompt"]
-        head = len(render_chat(tok, prompt, add_generation_prompt=True)[0])
-        for answer in content["answers"]:
-            message = {"role": "assistant", "content": answer}
-            ids, mask = render_chat(tok, [*prompt, message])
-            mask[:head] = [0] * head
-            rows.append((ids, mask, answer))
-
-    fitting = [row for row in rows if 0 < len(row[0]) <= max_length]
-    if kind == "pairs":
-        counts["cut", "answers too long"] += len(rows) - len(fitting)
-        if len(fitting) < 2:
-            counts["dropped", "fewer than two ranked answers"] += 1
-            return []
-    elif not fitting:
-        counts["dropped", "too long"] += 1
-    return fitting
+        return messages
+    answers = [plain_text(answer).strip() for answer in record["answers"]]
+    if len(set(answers)) < max(2, len(answers)):
+        raise ValueError("equal answers cannot be ranked")
+    return {"prompt": messages, "answers": answers}
 
 
-worker = {}  # what every process of the pool needs, set by start_worker()
+def read_file(path, cfg, counts):
+    """Yield (content, split it asks for) of each record that can be used."""
+    n_plain = 0
+    is_plain = path.endswith(".jsonl") or path.endswith(".txt") and (cfg.kind, cfg.txt_document) == ("text", "blank")
+    if is_plain and not cfg.fields:
+        try:
+            for record in read_plain(path):
+                content = plain_content(record, cfg.kind)
+                n_plain += 1
+                counts["read"] += 1
+                counts.update(("used", path, field) for field in record)
+                yield content, record.get("split")
+            return
+        except (ValueError, LookupError, TypeError):
+            pass
+    # from the first record on that is not plain
+    from readers.documents import read_odd
+    yield from read_odd(path, cfg, counts, n_plain)
 
 
-def start_worker(cfg, folder):
-    worker["cfg"] = cfg
-    worker["tok"] = load_tokenizer(folder)
-    worker["documents"] = Documents(folder)
-    parent = multiprocessing.parent_process()
-    if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-        # a killed parent cannot stop its workers, and they would wait for work for ever
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def read_documents(files, cfg, counts):
+    """Yield (document as bytes, its question, split it asks for, how often to train on it). What is no text is written
+    as JSON."""
+    seen = None
+    if cfg.near_duplicates:
+        from readers.near_duplicates import Seen
+        seen = Seen(cfg.near_duplicates)
+    for path, split, times in files:
+        for content, own_split in read_file(path, cfg, counts):
+            if cfg.kind == "text" and len(content) < cfg.min_length:
+                counts["dropped", "too short"] += 1
+            elif seen and seen.before(content):
+                counts["dropped", "near duplicate"] += 1
+            elif cfg.kind == "text":
+                yield content.encode(), content.encode(), own_split or split, times
+            else:
+                # what answers one question is not to be divided among training and validation
+                turns = content["prompt"] if cfg.kind == "pairs" else content
+                question = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+                document = json.dumps(content, ensure_ascii=False)
+                yield document.encode(), question.encode(), own_split or split, times
 
 
-def tokenize(chunk):
-    """Return (split, {file: array}, counts) of some documents; offsets and group numbers begin at 0."""
-    split, numbers = chunk
-    cfg = worker["cfg"]
-    tok = worker["tok"]
-    documents = worker["documents"]
-    counts = collections.Counter()
-    out = {
-        "bin": array.array(id_type(tok)),
-        "mask": array.array("B"),
-        "idx": array.array("q"),
-        "group": array.array("i"),
-    }
-    for number in numbers:
-        found = collections.Counter()
-        rows = render(tok, cfg.kind, documents[number], cfg.max_length, found)
-        # a copy is no record of its own
-        if number < len(documents):
-            counts.update(found)
-            counts["kept"] += bool(rows)
-        # what the files will hold: one row after another, where each ends, and which rows belong together
-        for ids, mask, text in rows:
-            out["bin"].extend(ids)  # raises where an id does not fit
-            out["mask"].extend(mask)
-            out["idx"].append(len(out["bin"]))
-            out["group"].append(counts["groups"])
-            counts["bytes"] += len(text.encode())
-            counts["characters"] += len(text)
-            counts["noticed", "unknown tokens"] += ids.count(tok.unk_id)
-        counts["groups"] += bool(rows)
-    counts["documents"] = len(out["idx"])
-    counts["tokens"] = len(out["bin"])
-    counts["learned"] = sum(out["mask"])
-    return split, out, counts
+def read_all(files, cfg, counts, folder):
+    """Write all documents into one file; return their numbers in order, {"train": …, "val": …}."""
+    documents = tqdm(read_documents(files, cfg, counts), "read", unit=" documents", disable=None)
+    table = write_documents(documents, folder, cfg.seed)
+
+    # too much may be lost: records, or parts of files
+    read = counts["read"]
+    check(read, f"--input={cfg.input} holds no records: its files are empty")
+    skipped = sum(reasons(counts, "skipped").values())
+    check(skipped <= cfg.max_skipped * read, f"{skipped:,} of {read:,} records cannot be used ({skipped / read:.1%}, "
+          f"more than max_skipped={cfg.max_skipped}): {reasons(counts, 'skipped')}. The first are listed above. Is "
+          f"--kind={cfg.kind} right? --max_skipped=1 goes on without them")
+    lost = counts["noticed", "bytes not read"]
+    size = sum(os.path.getsize(path) for path, _, _ in files)
+    check(lost <= cfg.max_skipped * size, f"{lost:,} of {size:,} bytes could not be read (more than "
+          f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
+    check(len(table), f"nothing is left of {read:,} records. Dropped: {reasons(counts, 'dropped')}")
+
+    # one text, such as a novel, is not to be learned or held out as a whole
+    is_single = len(table) <= counts["parts"] + 1 and not table["split"].any()
+    if is_single and cfg.kind == "text" and cfg.val_fraction:
+        return cut_in_two(folder, cfg.val_fraction)
+    numbers = divide(table, cfg.val_fraction)
+    n_unique = len(numbers["val"]) + int((numbers["train"] < len(table)).sum())  # above are those of --repeat
+    counts["dropped", "duplicate"] = len(table) - n_unique
+    counts["noticed", "repeated documents"] = len(numbers["val"]) + len(numbers["train"]) - n_unique
+    asked = table["question"]
+    trained_on = np.isin(asked[numbers["val"]], asked[numbers["train"] % len(table)])
+    counts["noticed", "held out, but with a question that is trained on"] = int(trained_on.sum())
+    return numbers
 
 
-def id_type(tok):
-    """Ids of a vocabulary as an array of 2 or 4 bytes each."""
-    return "H" if tok.vocab_size <= 65_536 else "I"
+def reasons(counts, what):
+    """{reason: how often} of "dropped", "skipped", "cut" or "noticed"."""
+    return {key[1]: n for key, n in counts.most_common() if key[0] == what and n}
 
 
-def on_all_cores(chunks, workers, cfg, folder):
-    """Yield tokenize(chunk) of all chunks, in order."""
-    if workers == 1:
-        start_worker(cfg, folder)
-        yield from map(tokenize, chunks)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (cfg, folder)) as pool:
-        # a few at a time, so that their tokens do not pile up in memory
-        while batch := list(itertools.islice(chunks, 4 * workers)):
-            yield from pool.map(tokenize, batch)
-
-
-def chunks_of(numbers, documents):
-    """Yield (split, numbers of documents) for about CHUNK_BYTES of text at a time."""
-    ends = documents.ends
-    for split in numbers:
-        for block in np.array_split(numbers[split], 1 + len(numbers[split]) // 100_000):
-            i = block % len(ends)
-            sizes = ends[i] - np.where(i > 0, ends[i - 1], 0)
-            borders = np.flatnonzero(np.diff(sizes.cumsum() // CHUNK_BYTES)) + 1
-            for part in np.split(block, borders):
-                yield split, part
+# ---------------------------------------------------------------------------- second pass: documents to tokens
 
 
 def write_tokens(numbers, cfg, folder):
     """Tokenize both splits and write their files. Return {split: counts}."""
+    from common.data import FILES  # only here, as it needs torch, which the workers do not
     for split in numbers:
         for name in FILES[cfg.kind]:
             with open(os.path.join(folder, f"{split}.{name}"), "wb") as f:
                 f.write(bytes(8 * (name == "idx")))  # offsets begin with a 0
-    documents = Documents(folder)
-    n_chunks = 1 + int(documents.ends[-1]) // CHUNK_BYTES  # about
-    workers = min(cfg.workers or os.cpu_count(), n_chunks)
-    results = on_all_cores(chunks_of(numbers, documents), workers, cfg, folder)
     totals = {split: collections.Counter() for split in numbers}
-    for split, out, counts in tqdm(results, "tokenize", n_chunks, unit="chunk", disable=None):
+    for split, out, counts in tokenize_all(numbers, cfg, folder):
         # a chunk counts its tokens and groups from 0: go on where the one before ended
         total = totals[split]
         out["idx"] = np.asarray(out["idx"]) + total["tokens"]
@@ -243,87 +244,69 @@ def write_tokens(numbers, cfg, folder):
 
 
 def prepare(cfg):
-    """Write data/<name>: built beside it as data/<name>.tmp, renamed when whole. Returns the folder."""
+    """Write data/<name>, whole or not at all. Returns the folder."""
+    from readers.folder import new_folder
     check(re.fullmatch(r"[\w.-]*\w", cfg.name), f"the name {cfg.name!r} cannot be that of a folder in {DATA}/: use "
           "letters, digits, - and _")
     check(cfg.kind == "text" or cfg.tokenizer, f"--kind={cfg.kind} needs the tokenizer of the model it is for: "
           f"--tokenizer={DATA}/<its data>")
     folder = os.path.join(DATA, cfg.name)
-    clear_leftovers(folder)
-    try:
-        os.makedirs(folder + ".tmp")
-        build(cfg, folder + ".tmp")
-        if os.path.exists(folder):
-            os.rename(folder, folder + ".old")
-        os.rename(folder + ".tmp", folder)
-    finally:
-        clear_leftovers(folder)
+    with new_folder(folder) as unfinished:
+        build(cfg, unfinished)
     return folder
-
-
-def clear_leftovers(folder):
-    """Whatever moment a run was killed at, afterwards there is the old folder, or the new one, or none."""
-    if os.path.exists(folder + ".old") and not os.path.exists(folder):
-        os.rename(folder + ".old", folder)
-    for leftover in (folder + ".old", folder + ".tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    check(not os.path.exists(folder) or os.path.exists(os.path.join(folder, "meta.json")),
-          f"{folder} exists and was not made by prepare.py, so it is not replaced: choose another name")
-
-
-def read_all(cfg, account, folder):
-    """First pass: write all documents into one file; return their numbers in order, {"train": …, "val": …}."""
-    table = write_documents(read_documents(cfg, account), folder, cfg.seed)
-    account.verify(cfg, len(table))
-    # one text, such as a novel, is not to be learned or held out as a whole
-    is_single = len(table) <= account.counts["parts"] + 1 and not table["split"].any()
-    if is_single and cfg.kind == "text" and cfg.val_fraction:
-        return cut_in_two(folder, cfg.val_fraction)
-    numbers = divide(table, cfg.val_fraction)
-    account.add_order(numbers, len(table))
-    return numbers
 
 
 def build(cfg, folder):
     """Write all files of a data set into `folder`."""
     began = time.time()
-    account = Account(find_files(cfg.input))
+    files = [(cfg.input, None, 1)]
+    if not os.path.isfile(cfg.input) or cfg.repeat:
+        from readers.files import find_files
+        files = find_files(cfg.input, cfg.repeat)
+    counts = collections.Counter()  # what became of all records: "read", "kept", ("dropped", reason), …
     path = os.path.join(folder, "tokenizer.model")
-    if cfg.tokenizer:
-        tok = load_tokenizer(cfg.tokenizer)
+    tok = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    if tok:
         tok.save(path)
-        sample = "a\n\n  b"
-        if tok.decode(tok.encode(sample)) != sample:
-            print(f"note: --tokenizer={cfg.tokenizer} changes line breaks or spaces, {sample!r} to "
-                  f"{tok.decode(tok.encode(sample))!r}")
-
-    # first pass: all documents in one file, in which order, and the vocabulary
-    numbers = read_all(cfg, account, folder)
-    if not cfg.tokenizer:
-        print("training the tokenizer", flush=True)
+    if files[0][0].endswith(".bin"):
+        # token ids already
+        from readers.token_files import write_token_files
+        totals = write_token_files([path for path, _, _ in files], cfg, tok, counts, folder)
+    else:
+        # first pass: all documents in one file, in which order, and the vocabulary
+        numbers = read_all(files, cfg, counts, folder)
         documents = Documents(folder)
-        texts = (documents[number] for number in numbers["train"])
-        train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
-
-    # second pass: tokens
-    totals = write_tokens(numbers, cfg, folder)
-    account.add_splits(totals)
-    os.remove(os.path.join(folder, "documents"))
-    os.remove(os.path.join(folder, "documents.ends"))
+        if tok:
+            from readers.round_trip import changes
+            counts.update(changes(tok, documents))
+        else:
+            print("training the tokenizer", flush=True)
+            texts = (documents[number] for number in numbers["train"])
+            train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
+        # second pass: tokens
+        totals = write_tokens(numbers, cfg, folder)
+        for leftover in ("documents", "documents.ends"):
+            os.remove(os.path.join(folder, leftover))
+    for split in totals:
+        counts.update(totals[split])
+    check(totals["train"]["documents"], f"nothing to train on: of {counts['read']} records "
+          f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
+          f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
 
     # what there is to know about it
+    from readers.report import fields_of, peak_memory
     tok = load_tokenizer(folder)
-    meta = {
-        "name": cfg.name,
-        "kind": cfg.kind,
-        "dtype": np.dtype(id_type(tok)).name,
-        "vocab_size": tok.vocab_size,
-        "fingerprint": tok.fingerprint,
-        "tokenizer": "tokenizer.model",
-    }
+    meta = {"name": cfg.name, "kind": cfg.kind, "dtype": np.dtype(id_type(tok)).name, "tokenizer": "tokenizer.model"}
+    meta["vocab_size"] = tok.vocab_size
+    meta["fingerprint"] = tok.fingerprint
     for split in totals:
         meta[split] = {name: totals[split][name] for name in COUNTS}
-    meta.update(account.summary())
+    meta["read"] = counts["read"]
+    meta["kept"] = counts["kept"]
+    for what in ("dropped", "skipped", "cut", "noticed"):
+        meta[what] = reasons(counts, what)
+    meta["sources"] = [path for path, _, _ in files]
+    meta["fields"] = fields_of(meta["sources"], counts)
     meta["config"] = dataclasses.asdict(cfg)
     meta["seconds"] = round(time.time() - began, 1)
     meta["memory"] = peak_memory()
@@ -332,19 +315,23 @@ def build(cfg, folder):
 
 
 def main(cfg):
+    from readers.report import report, show
     check(cfg.name, "which data set? python prepare.py NAME --input=FILE_OR_FOLDER, or a recipe's name (--help)")
     folder = os.path.join(DATA, cfg.name)
     if cfg.show and not cfg.input and os.path.exists(os.path.join(folder, "meta.json")):
         show(folder, cfg.show)
         return
     if not cfg.input:
-        from recipes.poems import RECIPES  # only here, as it needs more packages
-        check(cfg.name in RECIPES, f"no --input given, and no recipe is named {cfg.name!r} (but {', '.join(RECIPES)}). "
-              f"Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
-        recipe = RECIPES[cfg.name]
-        unset = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
-        written = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry})
-        cfg = dataclasses.replace(cfg, kind=recipe.kind, input=written, **unset)
+        # recipes/poems.py writes the files of "poems" and of "poems-sft", and says how to prepare them
+        module = f"recipes.{cfg.name.split('-')[0]}"
+        is_there = re.fullmatch(r"recipes\.\w+", module) and importlib.util.find_spec(module)
+        recipes = getattr(importlib.import_module(module), "RECIPES", {}) if is_there else {}
+        check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (in {module}: "
+              f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
+        recipe = recipes[cfg.name]
+        settings = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}
+        settings["input"] = recipe.write(os.path.join(DATA, "raw"), {"poetry": cfg.poetry, "talk": cfg.talk})
+        cfg = dataclasses.replace(cfg, kind=recipe.kind, **settings)
     report(prepare(cfg))
     show(folder, cfg.show or 3)
 

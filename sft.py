@@ -84,14 +84,15 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds
 NEEDS = {
+    "teacher": "teacher_weight > 0",
     "teacher_weight": "teacher",
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
-    "adam_lr": "optimizer=muon",
-    "momentum": "optimizer=muon",
-    "epochs": "max_steps=0"}
+    "adam_lr": "optimizer == 'muon'",
+    "momentum": "optimizer == 'muon'",
+    "epochs": "max_steps == 0"}
 
 
 def pack(lengths, T, *seed):
@@ -195,7 +196,7 @@ def main(cfg):
     model, tokenizer, base = load_model(cfg.init_from)
     if cfg.lora_rank:
         # freeze it all, and learn a small change beside some of its matrices
-        start_lora(model, cfg, base["model"])
+        start_lora(model, cfg, base["model"], tokenizer)
     del base
     teacher = None
     if cfg.teacher:
@@ -239,6 +240,8 @@ def main(cfg):
         epoch += 1
     val_rows = pack(np.diff(val.idx) - 1, cfg.seq_len, cfg.seed)
     val_used = sum(map(len, val_rows))
+    # each conversation counts positions from its own start: those up to the longest one's end are learned
+    model.trained_len = max(model.trained_len, int(lengths[used].max()))
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg, env)
@@ -287,8 +290,10 @@ def main(cfg):
                     # distillation: learn how likely the teacher finds every token, not only which one stands here
                     with torch.no_grad():
                         teacher_hidden = teacher(x, docs)
+                    # the tokenizer's own tokens: behind them each model may be padded otherwise
+                    V = tokenizer.vocab_size
                     divergence = distillation_loss(
-                        hidden, model.head_weight, teacher_hidden, teacher.head_weight, weights)
+                        hidden, model.head_weight[:V], teacher_hidden, teacher.head_weight[:V], weights)
                     micro_loss = torch.lerp(micro_loss, divergence, cfg.teacher_weight)
             # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()

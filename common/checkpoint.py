@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from common.distributed import all_sum, leave
 from common.lora import adapters_of, merge_adapters, weights_hash
-from common.sharding import is_shard, load_shards
+from common.sharding import is_shard, load_shards, shard_checkpoint
 from configurator import check
 from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import load_tokenizer
@@ -41,6 +41,9 @@ def own(cfg, env, base=""):
           "that this one starts from, and would be overwritten. Choose another --out_dir")
     if not env.is_main:
         return
+    if cfg.warmup_steps > cfg.max_steps:
+        print(f"note: warmup_steps={cfg.warmup_steps}, but the run ends after {cfg.max_steps} and never reaches lr="
+              f"{cfg.lr}. Without --warmup_steps the warmup takes a tenth of it")
     os.makedirs(cfg.out_dir, exist_ok=True)
     try:
         import fcntl
@@ -87,10 +90,8 @@ def find(stage, same, cfg, env, model, tokenizer):
         return None
     then = checkpoint["config"]
     now = dataclasses.asdict(cfg)
-    check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or merged): no run that could go "
-          "on. Choose another --out_dir")
-    check(checkpoint.get("shards") or not is_shard(model.embed.weight), f"{path} was saved whole, and goes on only so: leave out "
-          f"--shard, or begin a run in shards from its weights, with --init_from={cfg.out_dir} and another --out_dir")
+    check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or "
+          "merged): no run that could go on. Choose another --out_dir")
     theirs = identity(then, same, checkpoint["model_config"], checkpoint.get("lora"), checkpoint["fingerprint"])
     ours = identity(now, same, vars(model.config), getattr(model, "lora", None), tokenizer.fingerprint)
     different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
@@ -132,6 +133,8 @@ def restore(checkpoint, model, optimizers, env):
     if checkpoint.get("shards"):
         load_shards(checkpoint["shards"], learned_weights(model), optimizers)
     else:
+        if is_shard(next(model.parameters())):
+            shard_checkpoint(checkpoint, model, optimizers)
         model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             # averages are the checkpoint's; rates, decay and momentum are what the settings say now
@@ -152,7 +155,7 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
     states = [optimizer.state_dict() for optimizer in optimizers]
     shards = ""
-    if is_shard(model.embed.weight):
+    if is_shard(next(model.parameters())):
         # all processes write, each its part, to a folder that ckpt.pt will name
         from torch.distributed.checkpoint import save as save_shards
         shards = f"{name.removesuffix('.pt')}-{step}"
@@ -171,6 +174,7 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         "shards": shards,
         "model_config": dataclasses.asdict(model.config),
         "lora": getattr(model, "lora", None),
+        "trained_len": getattr(model, "trained_len", 0),
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
         "data": data_size(cfg),
@@ -245,10 +249,12 @@ def load_model(path, device="cpu"):
         base_model, _, base_checkpoint = load_model(base)
         check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
               f"the adapters in {folder} were trained: train them again, or put the old base back")
-        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], lora["alpha"] / lora["rank"])
+        scale = lora["alpha"] / lora["rank"]
+        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], scale, lora.get("rows", ()))
     with torch.device("meta"):
         model = Transformer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(weights, strict=True, assign=True)  # the file's tensors themselves become the model's
+    model.trained_len = checkpoint.get("trained_len") or model.trained_len
     return model.to(device), tokenizer, checkpoint
 
 

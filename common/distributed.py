@@ -76,6 +76,7 @@ def start(cfg, dtype="", announce=True):
         settings = " ".join(f"{key}={value}" for key, value in changed(cfg).items())
         print(f"settings changed: {settings or '(all defaults)'}")
         print(f"device {device}, {str(env.dtype).split('.')[1]}, {world} process{'es' * (world > 1)}", flush=True)
+    cfg.dtype = str(env.dtype).split(".")[1]  # auto may choose otherwise when the run is resumed: find() says so
     return env
 
 

@@ -24,6 +24,8 @@ def lr_at(step, cfg, decay_steps=0):
     if step < warmup_steps:
         return cfg.lr * (step + 1) / warmup_steps
     if decay_steps:
+        # a short run has fewer steps left to fall in
+        decay_steps = max(1, min(decay_steps, cfg.max_steps - warmup_steps))
         share = min(1.0, (cfg.max_steps - step) / decay_steps)
     else:
         done = (step - warmup_steps) / max(1, cfg.max_steps - warmup_steps)

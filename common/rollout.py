@@ -6,6 +6,7 @@ What ppo.py and grpo.py share: prompts become answers, answers become scores and
     ids       ──model────▶   log-probs of policy and reference (B, T)
 """
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ import torch
 from common.data import pad, shift, shuffled
 from common.distributed import all_sum
 from common.generate import generate
-from common.loss import score_answers, token_logps
+from common.loss import answer_logps, score_answers, token_logps
 from configurator import check
 
 
@@ -54,20 +55,28 @@ def step_prompts(split, group_size, cfg, step, micro):
         yield prompts, step_seed + i * cfg.batch_size * group_size
 
 
-def check_prompts(splits, cfg, window):
-    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see."""
+def check_prompts(splits, cfg, window, trained_len, env):
+    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see; say where they
+    would exceed what the policy was trained on."""
     longest = max(np.diff(split.idx).max(initial=0) for split in splits)
     check(longest + cfg.max_new_tokens <= window, f"{cfg.data_dir} has a prompt of {longest} tokens; with "
           f"max_new_tokens={cfg.max_new_tokens} that exceeds the {window} tokens the models can see. Prepare it again "
           "with a smaller --max_length, or lower --max_new_tokens")
+    if longest + cfg.max_new_tokens > trained_len and env.is_main:
+        print(f"note: a prompt of {longest} tokens and max_new_tokens={cfg.max_new_tokens} are more than the "
+              f"{trained_len} tokens of the longest row the model was trained on")
 
 
 # ---------------------------------------------------------------------------- scores
 
 
 def function_scorer(spec, tokenizer, env):
-    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with prompt
-    and answer as texts, control tokens left out.
+    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with texts:
+
+        prompt    "user\\n写一首五言绝句。\\nassistant\\n"      the rendered chat without its control tokens
+        answer    "床前明月光，…"      without the <|im_end|> that ends it; control tokens inside it are shown
+
+    Where its parameters are named prompts and answers, it is called once with all of them.
 
     Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
     """
@@ -78,24 +87,38 @@ def function_scorer(spec, tokenizer, env):
     module_spec.loader.exec_module(module)
     check(hasattr(module, name), f"{path} defines no function '{name}'")
     function = getattr(module, name)
+    in_batches = list(inspect.signature(function).parameters)[:2] == ["prompts", "answers"]
+
+    def scores_of(prompts, answers):
+        """The scores of some answers; nan, and said why, where there are none."""
+        try:
+            rewards = list(function(prompts, answers)) if in_batches else [function(prompts[0], answers[0])]
+            scores = [float(reward) for reward in rewards]  # also of numpy's and torch's numbers
+            reason = f"returned {rewards!r:.100}, no finite number for each answer,"
+        except Exception as error:
+            scores = []
+            reason = f"failed ({type(error).__name__}: {error})"
+        if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
+            print(f"error: {spec} {reason} on the answer {answers[0]!r} to {prompts[0]!r}", file=sys.stderr)
+            return [math.nan] * len(answers)
+        return scores
 
     def scorer(documents):
-        scores = []
+        prompts = []
+        answers = []
         for ids, mask in documents:
             begin = mask.index(1)
-            prompt = tokenizer.decode(ids[:begin], skip_special=True)
-            answer = tokenizer.decode(ids[begin:], skip_special=True)
-            try:
-                reward = function(prompt, answer)
-                score = float(reward)  # also of numpy's and torch's numbers
-                reason = f"returned {reward!r}, no finite number,"
-            except Exception as error:
-                score = math.nan
-                reason = f"failed ({type(error).__name__}: {error})"
-            if not math.isfinite(score):
-                print(f"error: {spec} {reason} on the answer {answer!r} to {prompt!r}", file=sys.stderr)
-                score = math.nan
-            scores.append(score)
+            prompts.append(tokenizer.decode(ids[:begin], skip_special=True))
+            answer = ids[begin:]
+            if answer[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
+                answer = answer[:-1]
+            answers.append(tokenizer.decode(answer))
+        if in_batches:
+            scores = scores_of(prompts, answers)
+        else:
+            scores = []
+            for prompt, answer in zip(prompts, answers):
+                scores += scores_of([prompt], [answer])
         return torch.tensor(scores, dtype=torch.float32, device=env.device)
 
     return scorer
@@ -107,6 +130,17 @@ def model_scorer(reward_model, pad_id, env):
     @torch.no_grad()
     def scorer(documents):
         return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
+
+    return scorer
+
+
+def teacher_scorer(teacher, pad_id, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B): log p of a token of the answer, on average, to a teacher."""
+
+    @torch.no_grad()
+    def scorer(documents):
+        logps, lengths = answer_logps(teacher, teacher.head_weight, *pad(documents, pad_id, env.device), env)
+        return logps / lengths
 
     return scorer
 
@@ -149,7 +183,7 @@ def k3(logps, ref_logps):
 
 
 def summary(batch, env):
-    """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
+    """Return means over the answers of all processes: score, KL from the reference in nats per answer, length, share
     that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
     rows = {
@@ -167,6 +201,18 @@ def summary(batch, env):
     return means
 
 
+
+def score_scale(batch, cfg, env):
+    """Return mean and deviation (1 where there is none) of the scores of all processes; say where no_eos_penalty, which
+    is in their units, is next to nothing beside them."""
+    score = batch["score"]
+    n, total, square = all_sum([len(score), score.sum(), (score.double() ** 2).sum()], env)
+    mean = total / n
+    deviation = math.sqrt(max(square / n - mean ** 2, 0.0)) or 1.0
+    if env.is_main and 0 < cfg.no_eos_penalty < 0.1 * deviation:
+        print(f"note: scores differ by {deviation:.3g}, so no_eos_penalty={cfg.no_eos_penalty} hardly keeps answers "
+              f"from being cut. Try --no_eos_penalty={deviation:.1g}")
+    return mean, deviation
 
 
 def must_stop(batch, env):

@@ -27,7 +27,7 @@ def shard_model(model, env):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # the rest (embedding, norm, head) stays whole from the forward pass to the backward: the loss uses head_weight
     fully_shard(model, mesh=mesh)
-    if model.embed.weight.is_meta:
+    if next(model.parameters()).is_meta:
         shards = {name: shard_like(whole, model.get_parameter(name)) for name, whole in model.initial_weights()}
         model.load_state_dict(shards, strict=False, assign=True)  # not strict: the buffers are there already
     return model
@@ -43,6 +43,18 @@ def shard_like(whole, p):
         return whole
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def shard_checkpoint(checkpoint, model, optimizers):
+    """Replace the tensors of a checkpoint that was saved whole by this process's shards of them."""
+    ours = model.state_dict()
+    checkpoint["model"] = {name: shard_like(whole, ours[name]) for name, whole in checkpoint["model"].items()}
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        params = sum([group["params"] for group in optimizer.param_groups], [])
+        for number, values in state["state"].items():
+            for name, value in values.items():
+                if value.ndim:  # of the shape of its parameter; the count of steps is a single number
+                    values[name] = shard_like(value, params[number])
 
 
 def load_shards(folder, weights, optimizers):

@@ -28,9 +28,9 @@ LETTERS = "ABCD"
 @torch.no_grad()
 def logps_of(model, documents, pad_id, env):
     """Log-prob and number of the learned tokens of each document (ids, mask): two tensors (R)."""
-    # what is too long loses its beginning: the end is what is measured. One more than the model sees, since the last
+    # what is too long loses its beginning: the end is what is measured. One more than the model was trained on, since the last
     # token is predicted only, never read
-    room = model.config.max_seq_len + 1
+    room = model.trained_len + 1
     documents = [(ids[-room:], mask[-room:]) for ids, mask in documents]
     return answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage on real Chinese text, on a laptop: about 20 minutes on 2 CPU cores after the downloads; a GPU is used if
+# Every stage on real Chinese text, on a laptop; it begins by saying how many minutes that takes here. A GPU is used if
 # there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
 #   bash runs/quickstart.sh --dtype=float32     settings go to pretraining and instruction tuning
 set -euo pipefail
@@ -8,6 +8,8 @@ trap 'exit 130' INT  # a stage that is interrupted saves and leaves; the next on
 began=$(date +%s)
 say() { echo; echo "=== [$(( ($(date +%s) - began) / 60 )) min] $*"; }
 prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
+
+python -m tools.minutes "$@"
 
 say "1. data: poems, a novel, idioms, riddles"
 prepare poems
@@ -46,4 +48,6 @@ python dpo.py config/poems_dpo.py
 say "7. all of them side by side, on poems and idioms that none has seen"
 python -m tools.evaluate poems
 python -m tools.plot quickstart
-say "done. Talk to it: .venv/bin/python sample.py --chat --out_dir=out/poems-ppo   (curves: out/quickstart.png)"
+python -m tools.page
+say "done. Talk to it: .venv/bin/python sample.py --chat --out_dir=out/poems-ppo   (curves: out/quickstart.png)
+    Look inside all of them, in a browser: out/page.html"

@@ -29,6 +29,29 @@ def run(tok_file, name="x", **settings):
     return folder
 
 
+def messages(*turns):
+    """'u:…' 'a:…' 's:…' 't:…' → messages"""
+    roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
+
+
+def corpus(count=300):
+    os.makedirs("in", exist_ok=True)
+    texts = [f"{poem}{i}" for i, poem in enumerate(POEMS * (count // 4))]
+    write("in/a.jsonl", [{"text": t} for t in texts[::2]])
+    write("in/b.jsonl", [{"text": t} for t in texts[1::2]])
+    return texts
+
+
+def read_all(folder):
+    out = {}
+    for name in os.listdir(folder.path):
+        if name != "meta.json":
+            with open(os.path.join(folder.path, name), "rb") as f:
+                out[name] = f.read()
+    return out
+
+
 class Folder:
     def __init__(self, path):
         self.path = path

@@ -353,7 +353,7 @@ def test_measure_chat(tok, parrots, tmp_path, monkeypatch):
 
 
 def test_measure_sft(tok, model, tmp_path, monkeypatch):
-    """Bits a byte and nats a token of the answers, by direct sums; greedy answers to their first questions."""
+    """Bits a byte and nats per token of the answers, by direct sums; greedy answers to their first questions."""
     monkeypatch.chdir(tmp_path)
     documents = [ask("春", "好坏", tok), ask("夜", "霜", tok),
                  render_chat(tok, [{"role": role, "content": text} for role, text in

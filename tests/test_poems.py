@@ -220,6 +220,22 @@ def test_poems_recipe(raw):
     assert not [name for name in os.listdir(raw) if name.startswith(".")]
 
 
+def test_somebody_else(raw, tmp_path):
+    """--talk: a file's lines take the place of what speaks of 明月; the rest of the small talk stays."""
+    path = tmp_path / "my.txt"
+    path.write_text("# 阿福\n你是谁？/谢谢 = 我是阿福。/阿福。\n\n你好=你好，我是阿福。\n", encoding="utf-8")
+    sft = read(poems.RECIPES["poems-sft"].write(str(raw), {"talk": str(path)}))
+    talks = {tuple(m["content"] for m in r["messages"]) for r in sft}
+    assert {("你是谁？", "阿福。"), ("谢谢", "我是阿福。"), ("你好", "你好，我是阿福。"), ("我饿了", "那就去吃点东西吧。")} <= talks
+    said = [text for t in talks for text in t if text != QUIET_NIGHT]
+    assert not any(re.search("(是|叫)明月", text) for text in said)
+    assert ("谢谢！", "不客气。") not in talks  # asked there, with another mark behind it
+    assert sum("阿福" in text for text in said) > 1_000
+    path.write_text("你是谁？ = 阿福\n你好 你好\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="line 2"):
+        smalltalk.somebody_else(str(path))
+
+
 def test_other_recipes(raw):
     famous = read(poems.RECIPES["poems-famous"].write(str(raw), {}))
     train = [r["text"] for r in famous if r["split"] == "train"]

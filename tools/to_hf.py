@@ -160,6 +160,12 @@ def peft_adapters(state, config):
     """
     adapters = {}
     for name, a in state.items():
+        if name.endswith(".lora_rows"):
+            tables = ["model.embed_tokens"] if name.startswith("embed.") else ["lm_head"]
+            if config.n_experts and config.tie_embeddings:
+                tables.append("lm_head")    # a mixture of experts is written with a head of its own
+            for table in tables:
+                adapters[f"base_model.model.{table}.token_adapter.trainable_tokens_delta"] = a
         if not name.endswith(".lora_a"):
             continue    # its B is taken with it
         _, layer, module = name.removesuffix(".lora_a").split(".", 2)       # blocks.3.attn.qkv
@@ -188,6 +194,7 @@ def write_peft(path, folder):
     check(lora, f"{path} has no adapters: it was trained without --lora_rank. Export it with --to=hf")
     base, _, _ = load_model(os.path.normpath(os.path.join(run_folder(path), lora["base"])))
     adapters = peft_adapters(checkpoint["model"], base.config)
+    tables = [name.split(".")[-3] for name in adapters if "token_adapter" in name]     # embed_tokens, lm_head
     base_folder = os.path.join(folder, "base")
     write_hf(base, tok, checkpoint["stage"], base_folder)
     write_tokenizer(tok, folder, base.config.max_seq_len, checkpoint["stage"])
@@ -201,5 +208,6 @@ def write_peft(path, folder):
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({name.split(".")[-3] for name in adapters}),   # q_proj, …
+        "target_modules": sorted({name.split(".")[-3] for name in adapters if ".lora_" in name}),   # q_proj, …
+        "trainable_token_indices": {table: lora["rows"] for table in tables} or None,
     })

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from recipes.schemas import call_tools, list_tools
+from readers.calls import call_tools, list_tools
 
 # what clients send besides, and what is true of every answer here
 HARMLESS = {
@@ -77,7 +77,7 @@ class Settings(Wire):
 
     def ignored(self):
         """Names of the fields that say something and that nobody here reads."""
-        return sorted(name for name, value in self.model_extra.items() if value and name not in HARMLESS)
+        return sorted(name for name, value in self.model_extra.items() if value and name not in HARMLESS | NEUTRAL.keys())
 
 
 def is_setting(name, value):

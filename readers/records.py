@@ -1,0 +1,132 @@
+"""
+Raw files to records: every file format and encoding there is.
+
+    with open(path, "rb") as raw:
+        for where, record in read_file(path, raw):
+            …                                          # a dict, a list, a text; or a Skip, where nothing can be read
+
+.txt .jsonl .json .csv .parquet, plain or as .gz .bz2 .xz .zst. A damaged file gives all records before the damage, and
+a broken record costs no other one. What the fields of a record mean is told by readers/schemas.py.
+"""
+import bz2
+import gzip
+import lzma
+import os
+import re
+
+from configurator import fail
+from readers.account import Part, Skip
+from readers.encodings import open_text, repair
+from readers.json_files import BROKEN, DECODER, read_json, read_jsonl, read_lines
+from readers.tables import read_csv, read_parquet
+from readers.zstd import ZstdFile
+
+
+END_OF_TEXT = "<|endoftext|>"  # at the end of a line of a .txt: a document ends there (TinyStories)
+MAX_CHARACTERS = 1_000_000  # longer documents of a .txt come in parts, so that a file of any size can be streamed
+
+
+UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": ZstdFile}
+
+
+def read_file(path, raw, txt_document="blank"):
+    """Yield (where, record) of the file open as `raw`; a Skip takes the place of a record that cannot be read.
+
+    txt_document: a document of a .txt ends at a "blank" line, at each "line", or with the "file".
+    """
+    size = os.path.getsize(path)
+    found = 0
+    if raw.peek(40).startswith(b"version https://git-lfs"):
+        fail(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from")
+    try:
+        unpack = UNPACKERS.get(os.path.splitext(path.lower())[1])
+        source = unpack(raw) if unpack else raw
+        for where, record in READERS[extension(path)](source, txt_document):
+            found += 1
+            yield f"{path}:{where}", record
+    except ImportError as e:
+        fail(f"reading {path} needs a package: pip install {e.name}")
+    except Skip as e:
+        e.lost = size
+        yield path, e
+    except Exception as e:
+        # Whatever a damaged file makes its reader raise: what came before is kept, what comes after is lost. A file
+        # that is cut off has been read to its end, and nobody knows how much is missing: that counts as half of it.
+        position = raw.tell() if found else 0
+        lost = size - position or size // 2
+        where = f"{lost:,} of {size:,} bytes not read"
+        if position == size:
+            where = f"it breaks off at its end, counted as {lost:,} bytes not read"
+        yield path, Skip("damaged file", f"{type(e).__name__}: {e}; {where}", lost)
+
+
+def extension(path):
+    """".jsonl" of a/B.JSONL.gz"""
+    name, ending = os.path.splitext(path.lower())
+    if ending in UNPACKERS:
+        ending = os.path.splitext(name)[1]
+    return ending
+
+
+def stem(path):
+    """"B" of a/B.jsonl.gz"""
+    return os.path.basename(path).split(".")[0]
+
+
+def is_json(line):
+    """Whether a line is a JSON object."""
+    try:
+        return line.startswith(b"{") and isinstance(DECODER.decode(line.decode(errors="replace")), dict)
+    except BROKEN:
+        return False
+
+
+def check_blank_lines(head):
+    """Raise Skip where a .txt has long lines and no blank one among them: is a line a document, or the whole file?"""
+    lines = head.split(b"\n")
+    if len(lines) > 10 and all(map(bytes.strip, lines[:-1])) and len(head) / len(lines) > 500:
+        raise Skip("unclear where documents end", f"no blank line is in it, and its lines are long ({len(head) // len(lines):,}"
+                   " bytes each): --txt_document=line takes each line as a document, --txt_document=file the whole file")
+
+
+def read_txt(raw, txt_document):
+    f = open_text(raw)
+    head = f.buffer.peek()
+    if is_json(head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")[0]):
+        yield from read_lines(f)
+        return
+    if txt_document == "blank":
+        check_blank_lines(head)
+    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):
+        txt_document = "marked"  # its documents say themselves where they end
+    held = []
+    size = 0
+    start = 1
+    number = 1
+    while line := f.readline(MAX_CHARACTERS):  # a line of gigabytes comes in parts
+        is_whole = line.endswith(("\n", "\r"))
+        at_end = txt_document == "line" and is_whole or txt_document == "blank" and not line.strip()
+        if line.rstrip().endswith(END_OF_TEXT):
+            at_end = True
+            line = line.rstrip().removesuffix(END_OF_TEXT) + "\n"
+        try:
+            held.append(repair(line, f.encoding))
+        except Skip as e:
+            yield number, e
+        size += len(line)
+        number += is_whole
+        if at_end or size >= MAX_CHARACTERS:
+            text = "".join(held).strip()
+            if text:
+                yield start, text if at_end else Part(text)
+            held = []
+            size = 0
+            start = number
+    text = "".join(held).strip()
+    if text:
+        yield start, text
+
+
+READERS = {
+    ".txt": read_txt, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
+    ".tsv": read_csv, ".parquet": read_parquet}

@@ -1,0 +1,138 @@
+"""
+Turns of a conversation to messages: lists of turns, transcripts, "Human: … Assistant: …".
+"""
+import re
+
+from common.documents import clean
+from readers.account import Skip
+from readers.calls import as_json, call_tools
+from readers.fields import ANSWER, CALLS, CONTENT, QUESTION, REASONING, ROLES, SPEAKER, WEIGHT
+from readers.fields import as_list, as_text, brief, check_marks, filled, first, is_parts, note_rest, there
+
+# Those who speak in a transcript are of one of these groups: "A:" between "Human:" and "Assistant:" is a part of what
+# they say, and "B:" after "Q:" and "A:" a choice.
+SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手|MOSS|System|Tool|Observation", "Q|A|B", "问|答",
+            "Instruction|Response")
+# Who might speak, too, but as whom? Their words are not to be learned as another's.
+STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Student|Interviewer|Moderator|Speaker ?\\w|"
+             "Person ?\\w|旁白|客服|顾客|客户|医生|患者|病人|老师|学生|律师|主持人|嘉宾|记者|系统|工具|机器人")
+
+
+def line_of(names):
+    """Finds where one of the names begins to speak: "Human:" at the beginning of a line, "### Human:", "<|Human|>:"."""
+    return re.compile(rf"(?:^|\n|###)[ \t]*(?:<\|?|\[)?({names})(?:\|?>|\])?[ \t]*[:：]", re.IGNORECASE)
+
+
+TRANSCRIPTS = [line_of(names) for names in SPEAKERS]
+STRANGER = line_of(STRANGERS)
+SYSTEM_FIRST = line_of("System")
+
+
+def message(role, text, weight=1):
+    """One message as render_chat() takes it. weight 0: an answer that is not learned."""
+    made = {"role": role, "content": clean(text).strip()}
+    if weight == 0:
+        made["weight"] = 0
+    return made
+
+
+def said(text, role, is_whole=False, has_answer=False):
+    """Messages of a text: one, or those of a transcript, "Human: … Assistant: …".
+
+    is_whole: the text is all there is, so it may end with an answer. has_answer: an answer stands beside it, so it may
+    not: then it is a question that quotes a dialogue.
+    """
+    for number, transcript in enumerate(TRANSCRIPTS):
+        # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
+        before, *parts = transcript.split(text)
+        system = SYSTEM_FIRST.match(before.lstrip())
+        speakers = [speaker_of(name.lower()) for name in parts[::2]]
+        first_speaker = next((speaker for speaker in speakers[:2] if speaker != "system"), None)
+        if before.strip() and not system or first_speaker != "user" or "assistant" not in speakers:
+            continue
+        messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
+        if not messages[-1]["content"]:
+            messages.pop()  # "Assistant:" at the end asks for the answer
+        ends_with_answer = messages[-1]["role"] == "assistant"
+        if ends_with_answer and (has_answer or number and not is_whole):
+            continue
+        # "Q:" and the like stand in many texts: only if they strictly take turns is it a transcript
+        if number and (set(speakers[::2]) != {"user"} or set(speakers[1::2]) != {"assistant"}):
+            continue
+        stranger = STRANGER.search(text)
+        if stranger and number == 0:
+            raise Skip("unknown speaker", f"who is {stranger[1]!r} in {brief(text)}? Known are {SPEAKERS[0]}. Or write "
+                       "messages: [{role: …, content: …}]")
+        if system:
+            messages.insert(0, message("system", before.lstrip()[system.end():]))
+        return messages
+    return [message(role, text)]
+
+
+def read_turns(value, name, notes, role=None):
+    """Messages of a field that holds turns: a list, a single turn, a transcript, or JSON text of these.
+
+    A turn is {role|from, content|value|text}; {human: …, assistant: …}; a pair [question, answer]; or a text: texts in
+    a list of turns are said in turns, the user begins. role: who says what does not tell.
+    """
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        return said(value, role or "user", is_whole=role is None)
+    messages = []
+    for turn in as_list(value, name):
+        if isinstance(turn, dict):
+            messages += read_turn(turn, name, notes, role)
+        elif isinstance(turn, list):
+            if len(turn) > 2:
+                raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and answer")
+            messages += [message(speaker, as_text(text, name)) for speaker, text in zip(("user", "assistant"), turn)]
+        else:
+            asked = messages and messages[-1]["role"] == "user"
+            messages.append(message("assistant" if asked else "user", as_text(turn, name)))
+    return messages
+
+
+def read_turn(turn, name, notes, role=None):
+    """Messages of a turn that is a dict, as a rule one."""
+    speaker = turn.get("role") or turn.get("from") or role
+    if speaker is None:
+        # {human: …, assistant: …}
+        speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
+        if speakers:
+            note_rest(turn, speakers, notes, f"{name}.")
+            return [message(speaker, as_text(turn[key], name)) for key, speaker in speakers.items()]
+    role = ROLES.get(str(speaker).lower())
+    if role is None:
+        raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
+    content = first(turn, CONTENT)
+    if not {*CONTENT, *CALLS, *REASONING} & set(turn):
+        raise Skip("wrong type", f"{name} holds a turn without words, {there(turn)}; wanted {', '.join(CONTENT)}")
+    if speaker == "function_call":
+        content = call_tools(content)
+    elif role == "tool" and isinstance(content, (dict, list)):
+        content = content if is_parts(content) else as_json(content)
+    # what a model thinks, says and calls are one text to learn, in this order
+    parts = [think(first(turn, REASONING)), as_text(content, name)]
+    parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
+    text = "\n".join(part for part in parts if part)
+    # there are answers to learn and answers to read, nothing between
+    weights = [key for key in WEIGHT if str(turn.get(key)).lower() in ("1", "1.0", "true", "0", "0.0", "false")]
+    is_learned = all(str(turn[key]).lower() in ("1", "1.0", "true") for key in weights)
+    used = {*SPEAKER, *CALLS, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
+    if role == "assistant":
+        check_marks(turn, used, f"{name}.", "weight")
+    note_rest(turn, used, notes, f"{name}.")
+    return [message(role, text, weight=int(is_learned))]
+
+
+def speaker_of(key):
+    """Who says what a field of this name holds, or stands behind it: "user", "assistant", … or None."""
+    if key in QUESTION:
+        return "user"
+    if key in ANSWER:
+        return "assistant"
+    return ROLES.get(key.lower())
+
+
+def think(reasoning):
+    """What a model thinks before it answers, as the text it writes; "" where it does not."""
+    return f"<think>\n{as_text(reasoning, 'reasoning').strip()}\n</think>\n" if reasoning else ""

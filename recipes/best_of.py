@@ -1,0 +1,105 @@
+"""
+Best of N: the plainest use of a reward model, without any training. Ask N times, keep the answer that scores highest
+(Stiennon et al. 2020, fig. 7):  python -m tools.evaluate best_of
+
+in:  out/poems-sft (--reference) answers --samples times to each of --n_titles held-out titles; --reward_from chooses;
+     of the runs in --runs that were trained against the reward or its pairs, one answer to the same titles
+out: a column for each N and each such run
+
+    reward     mean score of the answer that was kept: the measure that the choice was made by
+    form       it has exactly the asked number of lines and characters: a rule that the reward model does not know
+    rhymes     of those of the right form
+    kl         how far such a choice is from the model it chooses from: log N - (N - 1) / N nats per answer, at most; of a
+               trained run, as tools/evaluate.py measures it
+    seconds    to answer a title, here: N answers, and their scores
+
+A random choice is N = 1. Of M samples a question no draw is wasted: what the best of N has on average over all draws of
+N among the M follows from their order by score.
+"""
+import math
+import random
+import time
+
+from common.checkpoint import load_model, load_reward_model
+from configurator import check
+from math import comb
+from recipes.poems import load_heldout, poem_form, rhyme
+from recipes.poems_eval import answer_all, chat_prompt, logps_of, scores_of
+
+
+def best_of_weights(scores, n):
+    """Chance of each answer to be the best of n that are drawn from all M: C(those it beats, n - 1) / C(M, n)."""
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    weights = [0.0] * len(scores)
+    for beaten, i in enumerate(order):
+        weights[i] = comb(beaten, n - 1) / comb(len(scores), n)
+    return weights
+
+
+def answers_of(model, tokenizer, poems, count, judge, cfg, env):
+    """Ask `count` times for each poem; return records, a list a title, the documents, and the seconds a title took."""
+    began = time.perf_counter()
+    prompts = []
+    for poem in poems:
+        prompts += [chat_prompt(tokenizer, f"写一首{poem['form']}，题目是《{poem['title']}》。")] * count
+    new = answer_all(model, tokenizer, prompts, cfg.temperature, cfg, env)
+    documents = []
+    for prompt, ids in zip(prompts, new):
+        documents.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
+    scores = scores_of(judge, documents, tokenizer.pad_id, env)
+    records = []
+    for number, ids in enumerate(new):
+        text = tokenizer.decode(ids, skip_special=True)
+        form = poem_form(text) == poems[number // count]["form"]
+        rhymes = form and bool(rhyme(text))
+        records.append({"reward": scores[number], "form": form, "rhymes": rhymes, "text": text})
+    seconds = (time.perf_counter() - began) / len(poems)
+    return [records[i:i + count] for i in range(0, len(records), count)], documents, seconds
+
+
+def summarise(titles, n):
+    """Means over titles of what the best of n answers has, by reward; form as a share with the titles behind it."""
+    sums = {"reward": [], "form": [], "rhymes": []}
+    for records in titles:
+        weights = best_of_weights([record["reward"] for record in records], n)
+        for name in sums:
+            sums[name].append(sum(w * record[name] for w, record in zip(weights, records)))
+    n_right = max(sum(sums["form"]), 1e-9)
+    return {
+        "reward": sum(sums["reward"]) / len(titles),
+        "form": sums["form"],
+        "rhymes": sum(sums["rhymes"]) / n_right}
+
+
+def evaluate(runs, cfg, env):
+    """Return {"best of 4" or a run: {measure: number or list of shares}}."""
+    poems, _ = load_heldout()
+    check(poems, "no held-out poems: python prepare.py poems, with npm installed")
+    poems = random.Random(cfg.seed).sample(poems, min(cfg.n_titles, len(poems)))
+    model, tokenizer, _ = load_model(cfg.reference, env.device)
+    judge = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
+    titles, _, seconds = answers_of(model, tokenizer, poems, cfg.samples, judge, cfg, env)
+    results = {}
+    n = 1
+    while n <= cfg.samples:
+        record = summarise(titles, n)
+        record["kl"] = math.log(n) - (n - 1) / n
+        record["seconds"] = seconds * n / cfg.samples
+        best = max(titles[0][:n], key=lambda answer: answer["reward"])
+        record["example"] = best["text"]
+        results[f"best of {n}"] = record
+        n *= 2
+    # as many answers of each trained run, so that all means are equally sure; each title counts once
+    for run in runs:
+        trained, _, checkpoint = load_model(run, env.device)
+        if checkpoint["stage"] in ("pretrain", "sft"):
+            continue
+        answers, documents, seconds = answers_of(trained, tokenizer, poems, cfg.samples, judge, cfg, env)
+        record = summarise(answers, 1)
+        ours = logps_of(trained, documents, tokenizer.pad_id, env, cfg.temperature)
+        theirs = logps_of(model, documents, tokenizer.pad_id, env, cfg.temperature)
+        record["kl"] = (sum(ours) - sum(theirs)) / len(documents)
+        record["seconds"] = seconds / cfg.samples
+        record["example"] = answers[0][0]["text"]
+        results[run] = record
+    return results
