@@ -152,8 +152,7 @@ def main(cfg):
     model.trunk.load_state_dict(weights, strict=True)
     if cfg.lora_rank:
         # freeze the trunk but for adapters; the head is new, and learns as it is
-        start_lora(model, cfg, checkpoint["model"])
-        model.head.requires_grad_(True)
+        model.lora = start_lora(model.trunk, cfg, checkpoint["model"], tokenizer).lora
     del base, weights, checkpoint
     # pairs see differences alone, where a bias cancels out: without the centre its gradient would be rounding noise
     model.head.bias.requires_grad_(cfg.centre > 0)

@@ -14,12 +14,12 @@ import base64
 import codecs
 import collections
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
 import sys
-import unicodedata
 
 import sentencepiece
 import tiktoken
@@ -31,10 +31,9 @@ QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits in threes
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # minimind, too
-LLAMA3_RANKS = 128_000
 PATTERNS = {
     151_643: QWEN_PATTERN,
-    LLAMA3_RANKS: LLAMA3_PATTERN,
+    128_000: LLAMA3_PATTERN,
     151_329: LLAMA3_PATTERN,  # GLM-4
     100_256: LLAMA3_PATTERN,  # cl100k
 }
@@ -42,9 +41,8 @@ LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
-
-# What a vocabulary file does not say of itself stands in a line before it, as JSON; see Tokenizer.settings.
-HEADER = b'{"mingyue": '
+HF_READER = "readers.hf_tokenizer"  # imported by name, where a vocabulary of transformers is opened and nowhere else
+HEADER = b'{"mingyue": '  # begins a line that a saved vocabulary may have before it: its settings, as JSON
 
 
 class Tokenizer:
@@ -53,22 +51,26 @@ class Tokenizer:
     vocab_size counts the chat tokens. fingerprint is the sha256 of everything that decides the ids: data and weights
     belong together when their fingerprints are equal.
 
-    settings: what comes from elsewhere than the file, empty for most vocabularies: "rule" that cuts the text, "nfc"
-    (composes accents first), "tokens" {name: id} that no text yields, "words" {name: id} that a text does yield
-    (<think>), the names "start" that open a document and the name "end" that ends one.
+    settings, of a vocabulary that comes with a model: the "rule" that cuts a text, "nfc" (accents are composed first),
+    "tokens" {name: id} that no text yields, "words" {name: id} that texts do yield (<think>), the tokens "start" that
+    open a document, the one that is its "end".
     """
 
     def __init__(self, raw, encode, pieces, specials, rule="", dummy_prefix=False, unk_id=None, settings=None):
         self.raw = raw                      # the vocabulary file's own bytes
+        self.data = raw                     # what save() writes
         self.settings = settings or {}
+        if settings:
+            follow = importlib.import_module(HF_READER).follow
+            encode = follow(encode, settings)
+            self.data = HEADER + json.dumps(settings, ensure_ascii=False).encode() + b"}\n" + raw
         self._encode = encode               # text -> ids of the base vocabulary
         self.pieces = dict(pieces)          # id -> bytes
         self.rule = rule                    # the regular expression that cuts a text before pieces are merged
         self.dummy_prefix = dummy_prefix    # whether encoding puts a space before the text
         self.unk_id = unk_id                # what unknown characters become; None: they are spelled in bytes
         self.words = self.settings.get("words", {})
-        self._find_words = re.compile("(%s)" % "|".join(map(re.escape, sorted(self.words, key=len, reverse=True))))
-        specials = {**specials, **self.settings.get("tokens", {})}  # name -> id
+        specials = {**specials, **self.settings.get("tokens", {})}
         end = self.settings.get("end", SPECIAL_TOKENS[0])
         names = (end, *SPECIAL_TOKENS[1:])
         size = 1 + max([*self.pieces, *specials.values(), *self.words.values()])
@@ -82,16 +84,9 @@ class Tokenizer:
         self.eot_id, self.im_start_id, self.im_end_id, self.pad_id = (specials[name] for name in names)
         self.start_ids = [specials[name] for name in self.settings.get("start", [end])]
         rules = (rule, sorted(specials.items()))
-        if self.words or self.settings.get("nfc"):
-            rules += (sorted(self.words.items()), self.settings.get("nfc"))
+        if self.words or "nfc" in self.settings:
+            rules += ("nfc" in self.settings, sorted(self.words.items()))
         self.fingerprint = hashlib.sha256(raw + repr(rules).encode()).hexdigest()
-
-    @property
-    def data(self):
-        """The bytes that save() writes: the vocabulary file, behind the line of settings where there are some."""
-        if not self.settings:
-            return self.raw
-        return HEADER + json.dumps(self.settings, ensure_ascii=False).encode() + b"}\n" + self.raw
 
     def encode(self, text):
         """Ids of `text`, never a special token: "<|im_end|>" typed by a user stays ten ordinary characters."""
@@ -99,12 +94,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:          # half of a surrogate pair (broken JSON, a terminal) is no character
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if not self.words:
-            return self._encode(text)
-        ids = []
-        for part in self._find_words.split(text):
-            ids += [self.words[part]] if part in self.words else self._encode(part)
-        return ids
+        return self._encode(text)
 
     def encode_start(self, text):
         """Ids of a document's beginning, for a model to go on with: what opens a document, then the text."""
@@ -116,10 +106,9 @@ class Tokenizer:
         return b"".join(self.pieces.get(int(i), b"\xef\xbf\xbd") for i in ids if int(i) not in special)
 
     def decode(self, ids, skip_special=False, is_start=True):
-        """The text of ids; where it ends in half a character, without that. is_start=False: it goes on with another
-        text, so its first word keeps its space."""
-        decoder = StreamDecoder(self, skip_special, is_start)
-        return decoder.show(self.decode_bytes(ids, skip_special))
+        """The text of ids, without half a character at its end. is_start=False: it goes on with a text, so that its
+        first word keeps its space."""
+        return StreamDecoder(self, skip_special, is_start).show(self.decode_bytes(ids, skip_special))
 
     def save(self, path):
         with open(path, "wb") as f:
@@ -128,8 +117,8 @@ class Tokenizer:
 
 class StreamDecoder:
     """Decodes ids as they are generated. A Chinese character is often split over two or three tokens, so push() holds
-    back bytes until a character is whole; all pushes joined equal tok.decode() of the ids. Half a character at the end
-    is never shown. is_start=False: the ids go on with another text."""
+    back bytes until a character is whole; half a one is never shown. All pushes joined equal tok.decode() of the ids.
+    """
 
     def __init__(self, tok, skip_special=False, is_start=True):
         self.tok = tok
@@ -176,8 +165,8 @@ def render_chat(tok, messages, add_generation_prompt=False):
 
 
 def render_document(tok, text):
-    """Ids of a document in the stream that pretraining reads: its text and what ends it. The end of one document opens
-    the next, unless the vocabulary has another token for that."""
+    """Ids of a document in the stream of documents that pretraining reads: its text, and what ends it and thereby opens
+    the next one, unless the vocabulary has other tokens for that."""
     opening = [] if tok.start_ids == [tok.eot_id] else tok.start_ids
     return opening + tok.encode(text) + [tok.eot_id]
 
@@ -235,19 +224,18 @@ def _training_lines(texts, max_characters):
 
 
 def load_tokenizer(path):
-    """Open a vocabulary: a sentencepiece model, a tiktoken rank file, a folder with either as tokenizer.model, or a
-    folder of transformers."""
+    """Open a vocabulary: a sentencepiece model, a rank file, a folder with one of these or of transformers."""
     path = os.fspath(path)
     folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
     if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
-        from readers.hf_tokenizer import read_folder
+        read_folder = importlib.import_module(HF_READER).read_folder
         data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
         return make_tokenizer(data, settings, folder)
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.model")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, a folder "
-                                "that holds tokenizer.model, or one of transformers (tokenizer.json)")
+        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, or a "
+                                "folder that holds tokenizer.model or tokenizer.json")
     with open(path, "rb") as f:
         data = f.read()
     settings = {}
@@ -258,11 +246,11 @@ def load_tokenizer(path):
 
 
 def make_tokenizer(data, settings, path):
-    """Return the Tokenizer of a vocabulary file's bytes and of what else is known of it; path: for errors."""
+    """Return the Tokenizer of a vocabulary file's bytes and settings; path: for errors."""
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
         return _load_tiktoken(data, settings, path)
     if data.startswith(b"{"):
-        from readers.hf_tokenizer import load_library
+        load_library = importlib.import_module(HF_READER).load_library
         return Tokenizer(data, **load_library(data, path), specials={}, settings=settings)
     return _load_sentencepiece(data, settings, path)
 
@@ -271,7 +259,7 @@ def _load_sentencepiece(data, settings, path):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as e:
-        raise ValueError(f"{path} is neither a sentencepiece model, nor a tiktoken rank file, nor a tokenizer.json") from e
+        raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken rank file nor tokenizer.json") from e
     pieces = {}
     specials = {}
     for i in range(sp.vocab_size()):
@@ -299,8 +287,7 @@ def _load_sentencepiece(data, settings, path):
                 ids += underline + sp.encode(part)
             return ids
 
-    dummy_prefix = sp.normalize("a") == "▁a"
-    return Tokenizer(data, encode, pieces, specials, "", dummy_prefix, unk_id, settings)
+    return Tokenizer(data, encode, pieces, specials, "", sp.normalize("a") == "▁a", unk_id, settings)
 
 
 def _load_tiktoken(data, settings, path):
@@ -313,21 +300,19 @@ def _load_tiktoken(data, settings, path):
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: not a base64 token and its rank, but {line[:60]!r}") from e
     pieces = {rank: token for token, rank in ranks.items()}
-    specials = dict(settings.get("tokens", {}))
-    others = [*specials.values(), *settings.get("words", {}).values()]      # may stand before the ranks and among them
-    gaps = set(range(max(pieces))) - set(pieces) - set(others)
+    # special tokens may stand before the ranks
+    taken = {*pieces, *settings.get("tokens", {}).values(), *settings.get("words", {}).values()}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or gaps or len(pieces) < len(ranks):
+    if missing or len(pieces) < len(ranks) or not taken.issuperset(range(max(pieces))):
         raise ValueError(f"{path}: not a whole rank file: ranks must run from 0 without gaps, and all 256 bytes be "
                          f"there ({len(missing)} bytes are missing)")
     pattern = settings.get("rule") or _pattern(pieces, path)
-    if len(pieces) == LLAMA3_RANKS and "tokens" not in settings:
-        specials = {name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIALS)}
+    specials = {}
+    if len(pieces) == 128_000 and "tokens" not in settings:
+        specials = {name: 128_000 + i for i, name in enumerate(LLAMA3_SPECIALS)}
     bpe = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(text):
-        if settings.get("nfc"):
-            text = unicodedata.normalize("NFC", text)
         ids = []
         # in slices, as Llama 3 does: a million spaces at once overflow the stack of tiktoken's regex
         for start in range(0, len(text), 400_000):
@@ -338,15 +323,14 @@ def _load_tiktoken(data, settings, path):
 
 
 def _pattern(pieces, path):
-    """How the vocabulary of a rank file cuts text. Of an unknown family the tokens tell whether it cuts digits one by
-    one, as Qwen does."""
+    """The rule of a rank file. Of an unknown family the tokens tell whether it cuts digits one by one, as Qwen does."""
     if len(pieces) in PATTERNS:
         return PATTERNS[len(pieces)]
     several = [piece for piece in pieces.values() if re.fullmatch(rb" ?\d\d+", piece)]
     if several:
-        raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells how "
-                         "this vocabulary cuts text. Known are Qwen (151,643 ranks), Llama 3 (128,000), GLM-4 (151,329) "
-                         "and cl100k (100,256); of others give the folder with tokenizer.json")
+        raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells "
+                         f"how it cuts text. Known are {', '.join(map(str, PATTERNS))} ranks (Qwen, Llama 3, GLM-4, "
+                         "cl100k); of others give the folder with tokenizer.json")
     return QWEN_PATTERN
 
 

@@ -7,8 +7,11 @@ LoRA (Hu et al. 2021): freeze the weights, learn a product of two thin matrices 
 The run's ckpt.pt holds the adapters and names its base; checkpoint.load_model adds the two.
 
 What differs from the paper and peft: (1) q, k, v are one matrix and share one A, as do gate and up; (2) no dropout;
-(3) routed experts, the router and the embeddings are never adapted.
+(3) routed experts and the router are never adapted; of the embeddings, the rows of the chat tokens learn. No text of
+pretraining holds these tokens, so they have one and the same row, and with that row frozen no adapter could tell
+<|im_end|> from the others: answers would not end.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -17,6 +20,7 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from configurator import check
 
@@ -48,10 +52,26 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + change
 
 
-def add_lora(model, rank, alpha, targets, base="", base_hash=""):
+class LearnedRows(nn.Module):
+    """A matrix (V, C) with some rows of its own, which learn: registered on an embedding, as its weight."""
+    off = False  # see WithoutAdapters
+
+    def __init__(self, weight, rows):
+        super().__init__()
+        self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
+        self.lora_rows = nn.Parameter(weight[rows].detach().clone())               # (rows, C)
+
+    def forward(self, weight):
+        if self.off:
+            return weight
+        return weight.index_copy(0, self.rows, self.lora_rows)
+
+
+def add_lora(model, rank, alpha, targets, base="", base_hash="", rows=()):
     """Freeze the model and put adapters on the block layers whose dotted name ends in a match of the regex targets.
 
-    base, base_hash: where the frozen weights lie; kept with the rest in model.lora, which goes into the checkpoint.
+    rows: token ids whose rows of the embedding (and of the head, where that is another matrix) learn. base, base_hash:
+    where the frozen weights lie; kept with the rest in model.lora, which goes into the checkpoint.
     """
     layers = {}
     for name, module in model.named_modules():
@@ -70,21 +90,26 @@ def add_lora(model, rank, alpha, targets, base="", base_hash=""):
     model.requires_grad_(False)
     for name, layer in chosen.items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    for table in filter(None, [model.embed, model.lm_head]):
+        if rows:
+            parametrize.register_parametrization(table, "weight", LearnedRows(table.weight, rows))
     model.lora = {
         "rank": rank,
         "alpha": alpha,
         "targets": targets,
         "base": base,
-        "base_hash": base_hash}
+        "base_hash": base_hash,
+        "rows": list(rows)}
     return model
 
 
-def start_lora(model, cfg, weights):
+def start_lora(model, cfg, weights, tokenizer):
     """add_lora with the settings of a stage: lora_rank, lora_alpha, lora_targets over the run cfg.init_from, whose
-    checkpoint holds `weights`."""
+    checkpoint holds `weights`. The chat tokens' rows learn, too."""
     # the path from one folder to the other, so that both can move together
     base = os.path.relpath(cfg.init_from, cfg.out_dir)
-    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights))
+    rows = sorted(tokenizer.special_names)
+    return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights), rows)
 
 
 class WithoutAdapters:
@@ -93,19 +118,24 @@ class WithoutAdapters:
     def __init__(self, model):
         self.model = model
         self.config = model.config
-        self.adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        self.adapted = [module for module in model.modules() if isinstance(module, (LoRALinear, LearnedRows))]
 
     @property
     def head_weight(self):
-        return self.model.head_weight
+        with self.switched_off():
+            return self.model.head_weight
 
     def __call__(self, ids):
-        for layer in self.adapted:
-            layer.off = True
-        hidden = self.model(ids)
-        for layer in self.adapted:
-            layer.off = False
-        return hidden
+        with self.switched_off():
+            return self.model(ids)
+
+    @contextlib.contextmanager
+    def switched_off(self):
+        for module in self.adapted:
+            module.off = True
+        yield
+        for module in self.adapted:
+            module.off = False
 
 
 def adapters_of(model):
@@ -120,10 +150,13 @@ def head_of(weights):
     return {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
 
 
-def merge_adapters(weights, adapters, scale):
-    """Return weights with each adapter's product added: W + scale * B A (LoRA, sec. 4.1)."""
+def merge_adapters(weights, adapters, scale, rows=()):
+    """Return weights with each adapter's product added, W + scale * B A (LoRA, sec. 4.1), and the learned rows put in."""
     merged = dict(weights)
     for name in adapters:
+        if name.endswith("lora_rows"):
+            table = name.replace("parametrizations.weight.0.lora_rows", "weight")
+            merged[table] = weights[table].index_copy(0, torch.tensor(rows), adapters[name])
         if name.endswith("lora_a"):
             layer = name.removesuffix("lora_a")
             product = adapters[layer + "lora_b"] @ adapters[layer + "lora_a"]

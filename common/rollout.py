@@ -102,12 +102,16 @@ def step_prompts(split, group_size, cfg, step, micro):
         yield prompts, step_seed + i * cfg.batch_size * group_size
 
 
-def check_prompts(splits, cfg, window):
-    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see."""
+def check_prompts(splits, cfg, window, trained_len, env):
+    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see; say where they
+    would exceed what the policy was trained on."""
     longest = max(np.diff(split.idx).max(initial=0) for split in splits)
     check(longest + cfg.max_new_tokens <= window, f"{cfg.data_dir} has a prompt of {longest} tokens; with "
           f"max_new_tokens={cfg.max_new_tokens} that exceeds the {window} tokens the models can see. Prepare it again "
           "with a smaller --max_length, or lower --max_new_tokens")
+    if longest + cfg.max_new_tokens > trained_len and env.is_main:
+        print(f"note: a prompt of {longest} tokens and max_new_tokens={cfg.max_new_tokens} are more than the "
+              f"{trained_len} tokens of the longest row the model was trained on")
 
 
 # ---------------------------------------------------------------------------- scores
@@ -125,8 +129,12 @@ def load_function(spec):
 
 
 def function_scorer(spec, tokenizer, env):
-    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with prompt
-    and answer as texts, control tokens left out; or, where its parameters are named prompts and answers, once with all.
+    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with texts:
+
+        prompt    "user\\n写一首五言绝句。\\nassistant\\n"      the rendered chat without its control tokens
+        answer    "床前明月光，…"      without the <|im_end|> that ends it; control tokens inside it are shown
+
+    Where its parameters are named prompts and answers, it is called once with all of them.
 
     Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
     """
@@ -153,7 +161,10 @@ def function_scorer(spec, tokenizer, env):
         for ids, mask in documents:
             begin = mask.index(1)
             prompts.append(tokenizer.decode(ids[:begin], skip_special=True))
-            answers.append(tokenizer.decode(ids[begin:], skip_special=True))
+            answer = ids[begin:]
+            if answer[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
+                answer = answer[:-1]
+            answers.append(tokenizer.decode(answer))
         if in_batches:
             scores = scores_of(prompts, answers)
         else:
@@ -224,7 +235,7 @@ def k3(logps, ref_logps):
 
 
 def summary(batch, env):
-    """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
+    """Return means over the answers of all processes: score, KL from the reference in nats per answer, length, share
     that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
     rows = {
@@ -242,6 +253,18 @@ def summary(batch, env):
     return means
 
 
+
+def score_scale(batch, cfg, env):
+    """Return mean and deviation (1 where there is none) of the scores of all processes; say where no_eos_penalty, which
+    is in their units, is next to nothing beside them."""
+    score = batch["score"]
+    n, total, square = all_sum([len(score), score.sum(), (score.double() ** 2).sum()], env)
+    mean = total / n
+    deviation = math.sqrt(max(square / n - mean ** 2, 0.0)) or 1.0
+    if env.is_main and 0 < cfg.no_eos_penalty < 0.1 * deviation:
+        print(f"note: scores differ by {deviation:.3g}, so no_eos_penalty={cfg.no_eos_penalty} hardly keeps answers "
+              f"from being cut. Try --no_eos_penalty={deviation:.1g}")
+    return mean, deviation
 
 
 def must_stop(batch, env):

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.documents import Documents
-from tokenizer import is_learned, load_tokenizer, render_chat
+from tokenizer import is_learned, load_tokenizer, render_chat, render_document
 
 CHUNK_BYTES = 4_000_000  # of text that a worker tokenizes at a time
 
@@ -41,7 +41,7 @@ def render_conversation(tok, messages, max_length, counts):
         ids = ids[:end]
         mask = mask[:end]
         messages = messages[:ids.count(tok.im_start_id)]
-        counts["cut", "after an answer"] += bool(ids)
+        counts["cut", f"after an answer, at --max_length={max_length}"] += bool(ids)
     return ids, mask, "".join(m["content"] for m in messages if is_learned(m))
 
 
@@ -60,7 +60,7 @@ def render(tok, kind, document, max_length, counts):
     """Rows (ids, mask, the text that counts as content) of one document; none where it does not fit."""
     if kind == "text":
         # however long it is: pretraining goes on with it in its next rows
-        return [(tok.encode(document) + [tok.eot_id], [], document)]
+        return [(render_document(tok, document), [], document)]
     content = json.loads(document)
     if kind == "sft":
         rows = [render_conversation(tok, content, max_length, counts)]
@@ -72,12 +72,13 @@ def render(tok, kind, document, max_length, counts):
 
     fitting = [row for row in rows if 0 < len(row[0]) <= max_length]
     if kind == "pairs":
-        counts["cut", "answers too long"] += len(rows) - len(fitting)
+        counts["cut", f"answers longer than --max_length={max_length}"] += len(rows) - len(fitting)
         if len(fitting) < 2:
-            counts["dropped", "fewer than two ranked answers"] += 1
+            reason = "ranked answers" if len(rows) < 2 else f"answers within --max_length={max_length}"
+            counts["dropped", f"fewer than two {reason}"] += 1
             return []
     elif not fitting:
-        counts["dropped", "too long"] += 1
+        counts["dropped", f"longer than --max_length={max_length}"] += 1
     return fitting
 
 

@@ -2,9 +2,10 @@
 The vocabulary of a folder of transformers, as tokenizer.py keeps it: the bytes of a file, and settings for what the
 file does not say.
 
-    read_folder(folder, rules, ours)    a sentencepiece model as it is; a byte-level tokenizer.json (minimind, Qwen, Llama 3,
-                                        GLM-4) as a tiktoken rank file; any other tokenizer.json as it is
+    read_folder(folder, rules, ours)    a sentencepiece model as it is; a byte-level tokenizer.json (minimind, Qwen,
+                                        Llama 3, GLM-4) as a tiktoken rank file; any other tokenizer.json as it is
     load_library(data, path)            such another one, through the tokenizers library
+    follow(encode, settings)            what settings do to a text before it is encoded
 
 Ids are those that transformers gives: rank files are made only where merging by rank is the same as merging by list.
 """
@@ -12,10 +13,30 @@ import base64
 import glob
 import json
 import os
+import re
+import unicodedata
 
 from configurator import check
 
 FILES = "tokenizer.model, tokenizer.json or a *.tiktoken rank file"
+
+
+def follow(encode, settings):
+    """Return encode(text) with what the settings of a Tokenizer do first: words are found, accents composed."""
+    words = settings.get("words", {})
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
+
+    def encode_part(text):
+        return encode(unicodedata.normalize("NFC", text) if settings.get("nfc") else text)
+
+    def encode_all(text):
+        ids = []
+        for part in pattern.split(text):
+            ids += [words[part]] if part in words else encode_part(part)
+        return ids
+
+    return encode_all if words else encode_part
 
 
 def read_json(folder, name):
@@ -37,27 +58,35 @@ def read_folder(folder, rules, ours):
     data = read_model(folder)
     tokens, words = added_tokens(folder, theirs, config)
     settings = {}
-    if data.startswith(b"\n"):                          # sentencepiece, whatever tokenizer.json there is
+    if data.startswith(b"\n"):                  # sentencepiece, whatever tokenizer.json there is
         ids, tokens, words = sentencepiece_tokens(data, folder, tokens, words)
     elif theirs:
-        ids = dict(theirs["model"]["vocab"]) if isinstance(theirs["model"]["vocab"], dict) else {}
+        vocab = theirs["model"]["vocab"]
+        ids = dict(vocab) if isinstance(vocab, dict) else {}
         ranks = as_ranks(theirs, rules)
-        data, settings = ranks or (canonical(theirs, ours), {})
-        if not ranks:
-            words = {}                                  # the library finds them
+        if ranks:
+            data, settings = ranks
+        else:
+            data = canonical(theirs, ours)
+            words = {}                          # the library finds them
     else:
         check(data, f"{folder} has no vocabulary: neither {FILES}")
         ids = {}
     ids.update(tokens)
 
-    if ours[0] not in ids:
-        settings["end"] = end_of_text(folder, config, ids, ours) or ours[0]
+    # what opens a document and what ends it
+    end = ours[0]
+    if end not in ids:
+        end = end_of_text(folder, config, ids, ours) or end
+        settings["end"] = end
     opening = opening_tokens(folder, theirs, config, ids)
     if opening:
         settings["start"] = opening
     if not data.startswith(b"\n"):
-        tokens.update((name, ids[name]) for name in [settings.get("end", ours[0]), *opening] if name in ids)
-    settings.update({name: found for name, found in (("tokens", tokens), ("words", words)) if found})
+        tokens.update((name, ids[name]) for name in [end, *opening] if name in ids)
+    for name, found in (("tokens", tokens), ("words", words)):
+        if found:
+            settings[name] = found
     return data, settings
 
 
@@ -129,19 +158,26 @@ def opening_tokens(folder, theirs, config, ids):
     if not theirs or "add_bos_token" in config and kind.startswith(("Llama", "CodeLlama", "Gemma")):
         # these read the setting, and put the token where there is none
         name_of = {i: name for name, i in ids.items()}
-        names = [text_of(config.get("bos_token"))] + [name_of.get(i) for i in model_ids(folder, "bos_token_id")]
-        bos = [name for name in names if name in ids][:1]
-        return bos if config.get("add_bos_token", True) else []
+        names = [text_of(config.get("bos_token"))]
+        names += [name_of.get(i) for i in model_ids(folder, "bos_token_id")]
+        bos = [name for name in names if name in ids]
+        return bos[:1] if config.get("add_bos_token", True) else []
     steps = theirs.get("post_processor") or {}
     for step in steps.get("processors", [steps]):
         if step.get("type") == "TemplateProcessing":
-            opening = []
-            for part in step["single"]:
-                if "SpecialToken" not in part:
-                    break
-                opening += step["special_tokens"][part["SpecialToken"]["id"]]["tokens"]
-            return opening
+            return tokens_before_text(step)
     return []
+
+
+def tokens_before_text(template):
+    """[{"SpecialToken": {"id": "<s>"}}, {"Sequence": …}, …] -> ["<s>"]"""
+    opening = []
+    for part in template["single"]:
+        if "SpecialToken" not in part:
+            break
+        name = part["SpecialToken"]["id"]
+        opening += template["special_tokens"][name]["tokens"]
+    return opening
 
 
 # ---------------------------------------------------------------------------- byte-level BPE as a rank file
@@ -166,17 +202,18 @@ def steps_of(part, name):
 
 def cutting_rule(theirs, rules):
     """Return which of rules cuts a byte-level tokenizer.json's text before it merges; None where another one does."""
-    steps = steps_of(theirs.get("pre_tokenizer"), "pretokenizers")
-    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+    *before, last = steps_of(theirs.get("pre_tokenizer"), "pretokenizers") or [{"type": None}]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
-    if len(steps) == 1 and steps[0].get("use_regex", True):
-        return next(rule for rule in rules if rule.startswith("'(?:"))      # GPT-2's, built in there
-    if len(steps) == 2 and not steps[1].get("use_regex", True) and steps[0]["type"] == "Split":
-        split = steps[0]
-        pattern = split["pattern"].get("Regex")
-        if pattern in rules and split["behavior"] == "Isolated" and not split.get("invert"):
-            return pattern
-    return None
+    built_in = last.get("use_regex", True)
+    if not before and built_in:
+        return next(rule for rule in rules if rule.startswith("'(?:"))      # GPT-2's
+    if len(before) != 1 or before[0]["type"] != "Split" or built_in:
+        return None
+    split = before[0]
+    pattern = split["pattern"].get("Regex")
+    keeps_all = split["behavior"] == "Isolated" and not split.get("invert")
+    return pattern if pattern in rules and keeps_all else None
 
 
 def as_ranks(theirs, rules):
@@ -185,40 +222,57 @@ def as_ranks(theirs, rules):
     rule = cutting_rule(theirs, rules)
     normalizers = [step["type"] for step in steps_of(theirs.get("normalizer"), "normalizers")]
     others = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or not rule or normalizers not in ([], ["NFC"]) or any(map(model.get, others)):
+    if not rule or model.get("type") != "BPE" or any(map(model.get, others)) or normalizers not in ([], ["NFC"]):
         return None
     added = theirs.get("added_tokens", [])
-    if any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word")):
+    if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in added):
         return None
+
+    # tiktoken merges whatever makes the lowest id, so the ids must rise along the list of merges
     names = {token["content"] for token in added}
     ranks = {piece: i for piece, i in model["vocab"].items() if piece not in names}
-    # tiktoken merges whatever makes the lowest id, so the ids must rise along the list of merges
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    merged = [ranks.get(left + right, -1) for left, right in pairs]
+    merged = []
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        merged.append(ranks.get(left + right, -1))
+    rising = merged == sorted(merged) and -1 not in merged
     letters = byte_letters()
-    taken = set(ranks.values()) | {token["id"] for token in added}
-    if merged != sorted(merged) or -1 in merged or not ranks.keys() >= set(letters.values()) \
-            or taken != set(range(len(taken))):
+    taken = {*ranks.values(), *(token["id"] for token in added)}
+    no_gaps = taken == set(range(len(taken)))
+    if not rising or not no_gaps or not ranks.keys() >= set(letters.values()):
         return None
+
     byte_of = {letter: byte for byte, letter in letters.items()}
     lines = []
     for piece in sorted(ranks, key=ranks.get):
         token = bytes(byte_of[letter] for letter in piece)
         lines.append(base64.b64encode(token) + b" %d\n" % ranks[piece])
-    return b"".join(lines), {"rule": rule, **({"nfc": True} if normalizers else {})}
+    settings = {"rule": rule}
+    if normalizers:
+        settings["nfc"] = True
+    return b"".join(lines), settings
 
 
 # ---------------------------------------------------------------------------- any other
 
 
 def canonical(theirs, ours):
-    """Return the bytes of a tokenizer.json without what decides no ids of a text, nor the tokens that we have added."""
+    """Return the bytes of a tokenizer.json without what decides no ids of a text, and without the tokens that an export
+    of ours has added."""
     added = list(theirs.get("added_tokens", []))
     while added and added[-1]["content"] in ours:
         added.pop()
-    kept = {"version": theirs.get("version", "1.0"), "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": theirs.get("normalizer"), "pre_tokenizer": theirs.get("pre_tokenizer"), "post_processor": None,
-            "decoder": theirs.get("decoder"), "model": theirs.get("model")}
+    kept = {
+        "version": theirs.get("version", "1.0"),
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": theirs.get("normalizer"),
+        "pre_tokenizer": theirs.get("pre_tokenizer"),
+        "post_processor": None,
+        "decoder": theirs.get("decoder"),
+        "model": theirs.get("model"),
+    }
     return json.dumps(kept, ensure_ascii=False).encode()
 
 
@@ -228,34 +282,34 @@ def load_library(data, path):
         import tokenizers
     except ImportError:
         check(False, f"{path} is read by the package tokenizers: pip install tokenizers")
-    theirs = json.loads(data)
     try:
         library = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:
-        raise ValueError(f"{path}: the tokenizers library cannot read tokenizer.json: {error}") from error
+        raise ValueError(f"{path}: the tokenizers library cannot read its tokenizer.json: {error}") from error
     library.encode_special_tokens = True        # a text that names one is a text like any other
-    special = {token["id"] for token in theirs["added_tokens"]}
-    is_byte_level = any(step["type"] == "ByteLevel" for step in steps_of(theirs["pre_tokenizer"], "pretokenizers"))
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    pieces = {}
-    for piece, i in library.get_vocab(with_added_tokens=True).items():
-        if i in special:
-            pieces[i] = piece.encode()
-        elif is_byte_level:
-            pieces[i] = bytes(byte_of[letter] for letter in piece)
-        elif len(piece) == 6 and piece.startswith("<0x") and theirs["model"].get("byte_fallback"):
-            pieces[i] = bytes([int(piece[3:5], 16)])
-        else:
-            pieces[i] = piece.replace("▁", " ").encode()
 
     def encode(text):
         return library.encode(text, add_special_tokens=False).ids
+
+    theirs = json.loads(data)
+    model = theirs["model"]
+    is_byte_level = "ByteLevel" in json.dumps(theirs["pre_tokenizer"])
+    spelled = is_byte_level or model.get("byte_fallback")
+    added = {token["id"] for token in theirs["added_tokens"]}
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    pieces = {}
+    for piece, i in library.get_vocab(with_added_tokens=True).items():
+        if is_byte_level and i not in added:
+            pieces[i] = bytes(byte_of[letter] for letter in piece)
+        elif spelled and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            pieces[i] = bytes([int(piece[3:5], 16)])
+        else:
+            pieces[i] = piece.replace("▁", " ").encode()
 
     # the text of the ids must be the text, but for a space before it
     sample = "床前 moon\n"
     back = b"".join(pieces[i] for i in encode(sample)).decode(errors="replace")
     check(back.removeprefix(" ") == sample, f"{path}: this vocabulary turns {sample!r} into {back!r}, so a model that "
           "learned it could not write it. Take one that keeps line breaks and spaces")
-    unknown = library.token_to_id(theirs["model"].get("unk_token") or "")
-    spelled = is_byte_level or theirs["model"].get("byte_fallback")
-    return {"encode": encode, "pieces": pieces, "dummy_prefix": back != sample, "unk_id": None if spelled else unknown}
+    unknown = None if spelled else library.token_to_id(model.get("unk_token") or "")
+    return {"encode": encode, "pieces": pieces, "dummy_prefix": back != sample, "unk_id": unknown}

@@ -48,6 +48,6 @@ python dpo.py config/poems_dpo.py
 say "7. all of them side by side, on poems and idioms that none has seen"
 python -m tools.evaluate poems
 python -m tools.plot quickstart
-python -m tools.page --reward_from=out/poems-reward
+python -m tools.page
 say "done. Talk to it: .venv/bin/python sample.py --chat --out_dir=out/poems-ppo   (curves: out/quickstart.png)
     Look inside all of them, in a browser: out/page.html"

@@ -1,25 +1,44 @@
-"""The plan of the house: which file may import which. Read from the syntax trees, so imports inside functions count."""
+"""The plan of the house: which file may import which, how long a file may be. Read from the syntax trees, so that imports
+inside functions count."""
 import ast
+import glob
 import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
+from small_runs import STAGES
 
-FILES = sorted(name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py"))
-STAGES = ["pretrain", "sft", "reward", "ppo", "dpo"]
-FOLDERS = ["recipes", "tools", "tests", "config", "runs"]
+HOUSE = ("common", "readers", "recipes", "tools", "learn")
 
 
-def imports_of(path):
+def files(*folders):
+    """Dotted names of the files at the top level ("") or in folders of the project."""
+    paths = [path for folder in folders for path in glob.glob(os.path.join(ROOT, folder, "*.py"))]
+    names = [os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, ".") for path in paths]
+    return sorted(name for name in names if not name.endswith("__init__"))
+
+
+TOP = files("")
+ROOMS = files("common")
+ALL = files("", *HOUSE)
+
+
+def source(name):
+    with open(os.path.join(ROOT, *name.split(".")) + ".py", encoding="utf-8") as f:
+        return f.read()
+
+
+def imports_of(text):
     """Return the dotted names that a file imports anywhere in it."""
-    with open(path, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import in line {node.lineno}"
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            assert not [alias for alias in node.names if alias.name == "*"]
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
@@ -30,58 +49,33 @@ def imports_of(path):
 
 
 def project_imports(name):
-    """Return the files of the project that file `name` ("sft", "recipes.poems") imports."""
-    path = os.path.join(ROOT, *name.split(".")) + ".py"
-    found = set()
-    for imported in imports_of(path):
-        first = imported.split(".")[0]
-        if first in FILES:
-            found.add(first)
-        elif first in FOLDERS:
-            found.add(".".join(imported.split(".")[:2]))
-    return found
+    """Return the files (and, where a name is made at run time, folders) of the project that file `name` imports."""
+    return {imported for imported in imports_of(source(name)) if imported in ALL or imported in HOUSE}
 
 
-def test_the_test_sees_imports(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text("import os.path\nfrom data import collate\n\n\ndef f():\n    from recipes import poems\n"
-                    "    import loss\n    return importlib.import_module('recipes.' + name)\n")
-    assert imports_of(path) == {"os.path", "data", "data.collate", "recipes", "recipes.poems", "loss"}
-    assert {"common", "data", "loss", "model"} <= project_imports("pretrain")
+def test_the_test_sees_imports():
+    text = "import os.path\nfrom common.data import pad\n\n\ndef f():\n    from recipes import poems\n    import model\n" \
+           "    return importlib.import_module('recipes.' + name)\n"
+    assert imports_of(text) == {"os.path", "common.data", "common.data.pad", "recipes", "recipes.poems", "model"}
+    assert {"common.data", "common.loss", "model"} <= project_imports("pretrain")
 
 
-def test_the_top_level_has_sixteen_files():
-    assert len(FILES) <= 16, FILES
-    assert set(STAGES) <= set(FILES)
+def test_a_newcomer_first_sees_eleven_files():
+    assert TOP == sorted(["model", "tokenizer", "prepare", *STAGES, "sample", "configurator"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_imports_another(stage):
-    assert not project_imports(stage) & set(STAGES)
-
-
-@pytest.mark.parametrize("room", ["model", "loss", "data", "common", "generate", "configurator", "tokenizer", "lora"])
-def test_no_room_imports_a_stage(room):
-    assert not project_imports(room) & set(STAGES)
-
-
-def test_the_model_imports_nothing_of_ours():
-    assert project_imports("model") == set()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_at_the_top_imports_tools_or_tests(name):
-    assert not [other for other in project_imports(name) if other.split(".")[0] in ("tools", "tests", "config", "runs")]
+@pytest.mark.parametrize("name", [*TOP, *ROOMS])
+def test_who_may_import_whom(name):
+    """No stage imports another, no room a stage, the model nothing of ours, and nothing here a tool, a test or a config."""
+    found = project_imports(name)
+    assert not found & set(STAGES)
+    assert name != "model" or not found
+    assert not [other for other in found if other.split(".")[0] in ("tools", "learn", "tests", "config", "runs")]
 
 
 def test_there_is_no_circle():
-    """Follow the imports from every file, recipes and tools as well; none may come back to where it began."""
-    names = list(FILES)
-    for folder in ("recipes", "tools"):
-        for file in os.listdir(os.path.join(ROOT, folder)):
-            if file.endswith(".py") and file != "__init__.py":
-                names.append(f"{folder}.{file.removesuffix('.py')}")
-    graph = {name: project_imports(name) & set(names) for name in names}
+    """Follow the imports from every file; none may come back to where it began."""
+    graph = {name: project_imports(name) & set(ALL) for name in ALL}
 
     def follow(name, path):
         assert name not in path, "circle: " + " -> ".join([*path[path.index(name):], name])
@@ -92,6 +86,21 @@ def test_there_is_no_circle():
         finished.add(name)
 
     finished = set()
-    for name in names:
+    for name in ALL:
         follow(name, [])
-    assert finished == set(names)
+
+
+@pytest.mark.parametrize("name", [*TOP, *ROOMS])
+def test_a_file_can_be_read_in_one_sitting(name):
+    lines = source(name).count("\n")
+    assert lines <= (500 if name == "model" else 350)
+
+
+def test_importing_has_no_side_effects():
+    """Nothing is printed, started, caught or written when a file is imported."""
+    code = ("import signal, torch\nbefore = signal.getsignal(signal.SIGTERM), torch.get_num_threads()\n"
+            f"import {', '.join([*TOP, *ROOMS])}\n"
+            "assert (signal.getsignal(signal.SIGTERM), torch.get_num_threads()) == before\n"
+            "assert not torch.distributed.is_initialized()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -21,7 +21,7 @@ def test_adapters_and_head_make_a_reward_model(place, tmp_path):  # noqa: F811
     base, _, _ = load_model(cfg.init_from)
     adapted = ScalarModel(base.config)
     adapted.trunk.load_state_dict(base.state_dict())
-    add_lora(adapted, 2, 16.0, cfg.lora_targets)
+    add_lora(adapted.trunk, 2, 16.0, cfg.lora_targets, rows=checkpoint["lora"]["rows"])
     adapted.load_state_dict(checkpoint["model"], strict=False)
     ids = torch.randint(0, 300, (3, 9))
     with torch.no_grad():

@@ -1,81 +1,18 @@
-import dataclasses
-import json
+"""sft.py: how conversations share rows, that packing changes nothing, the loss, and a run that learns to answer."""
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import CPU, conversation, make_run, refused, run, settings, spy
 
 import sft
-from common.checkpoint import load_checkpoint, save_checkpoint
-from common.distributed import Env
-from configurator import changed
-from conftest import ROOT
+from common.checkpoint import load_checkpoint, load_model
 from common.data import Split, open_data
 from common.loss import cross_entropy
-from model import ModelConfig, Transformer
-from pairs import check_ten_and_ten, forget_run, write_folder
-from tokenizer import render_chat, train_tokenizer
-
-CPU = Env(0, 1, torch.device("cpu"), torch.float32)
-TALKS = [("春夜", "山中一夜雨，树杪百重泉。"), ("你是谁？", "我是明月。"), ("守株待兔是什么意思？", "比喻妄想不劳而得。"),
-         ("背诵静夜思", "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"), ("你好", "你好！"), ("猪鼻子插葱", "装象。")]
-
-
-def conversation(i):
-    """One turn, or three where i is a multiple of 5; some with a system turn."""
-    turns = [{"role": "system", "content": "你是诗人。"}] if i % 4 == 0 else []
-    for j in range(3 if i % 5 == 0 else 1):
-        question, answer = TALKS[(i + j) % len(TALKS)]
-        turns += [{"role": "user", "content": f"{i}{question}"}, {"role": "assistant", "content": answer * (1 + i % 2)}]
-    return turns
-
-
-@pytest.fixture(autouse=True)
-def quick(repeatable):
-    torch.set_num_threads(1)
-
-
-def write_base(folder, tok, config):
-    """A folder as pretrain.py would leave it, with a random model."""
-    torch.manual_seed(1)
-    save_checkpoint(f"{folder}/ckpt.pt", {
-        "stage": "pretrain", "step": 1, "model": Transformer(config).state_dict(), "lora": None,
-        "model_config": dataclasses.asdict(config), "config": {}, "fingerprint": tok.fingerprint, "best_val": 9.0})
-    tok.save(f"{folder}/tokenizer.model")
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with data/ and the tiny run base/, as prepare.py and pretrain.py would leave them; and the tokenizer."""
-    root = str(tmp_path_factory.mktemp("sft"))
-    tok = train_tokenizer(["".join(q + a for q, a in TALKS) + "你是诗人。0123456789 user assistant system"],
-                          f"{root}/tok", 420, character_coverage=1.0)
-    talks = [render_chat(tok, conversation(i)) for i in range(48)]
-    write_folder(f"{root}/data", tok, "sft", {"train": talks[:40], "val": talks[40:]})
-    write_base(f"{root}/base", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
-                                                max_seq_len=256))
-    return root, tok
-
-
-def settings(root, **changes):
-    defaults = dict(data_dir=f"{root}/data", init_from=f"{root}/base", out_dir=f"{root}/run", batch_size=2,
-                    grad_accum=2, max_steps=4, decay_steps=1, warmup_steps=0, lr=1e-3, questions="", device="cpu",
-                    dtype="float32", compile=False)
-    return sft.Config(**{**defaults, **changes})
-
-
-def setup(place, **changes):
-    root, tok = place
-    cfg = settings(root, seq_len=256, **changes)
-    train, val, _ = open_data(cfg.data_dir, "sft")
-    checkpoint = load_checkpoint(cfg.init_from)
-    model = Transformer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    return cfg, train, model, tok
+from model import ModelConfig
+from tokenizer import render_chat
 
 
 def loss_of(model, batch):
@@ -84,46 +21,39 @@ def loss_of(model, batch):
     return cross_entropy(model(ids, docs), model.head_weight, targets, mask)
 
 
-def gradients(model):
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def assert_close(a, b, atol):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] - b[name]).abs().max() <= atol, name
+def batch_of(place, rows):
+    """The model base/ and the batch of these rows of conversations."""
+    root, tok = place
+    return load_model(f"{root}/base")[0], sft.get_batch(open_data(f"{root}/talks")[0], rows, 256, tok.pad_id, CPU.device)
 
 
 # ---------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("seq_len", [256, 512])
-def test_packing_covers_every_conversation_once_and_wastes_little(seq_len):
+def test_packing_wastes_less_than_a_twentieth():
+    """pack, of 20,000 lengths as the poems' conversations have them."""
     rng = np.random.default_rng(3)
     lengths = np.clip(rng.lognormal(4.0, 0.6, 20_000), 12, 900).astype(np.int64)  # mean 65, as the poems recipe
-    fits = np.flatnonzero(lengths <= seq_len)
-    rows = sft.pack(lengths, seq_len, 1, 0)
+    fits = np.flatnonzero(lengths <= 256)
+    rows = sft.pack(lengths, 256, 1, 0)
     assert sorted(i for row in rows for i in row) == fits.tolist()
-    assert max(lengths[row].sum() for row in rows) <= seq_len
-    assert 1 - lengths[fits].sum() / len(rows) / seq_len < 0.05
-    assert rows == sft.pack(lengths, seq_len, 1, 0)
-    assert rows != sft.pack(lengths, seq_len, 1, 1)
+    assert 1 - lengths[fits].sum() / len(rows) / 256 < 0.05
 
 
-def test_packing_fills_gaps_exactly():
-    lengths = np.array([6, 6, 4, 4, 11, 10, 0])  # 11 does not fit, 0 teaches nothing
-    rows = sft.pack(lengths, 10, 0)
-    assert sorted(lengths[row].tolist() for row in rows) == [[6, 4], [6, 4], [10]]
-    assert sorted(sum(rows, [])) == [0, 1, 2, 3, 5]
+def test_a_batch_by_hand():
+    """get_batch: documents 5 6 7 and 8 9 in a row of 5, each shifted inside itself; the mask stands where the target is."""
+    split = Split(np.array([5, 6, 7, 8, 9]), np.array([0, 1, 1, 0, 1], np.uint8), np.array([0, 3, 5]), None, {})
+    ids, targets, mask, docs = sft.get_batch(split, [[0, 1]], 5, 1, CPU.device)
+    assert ids.tolist() == [[5, 6, 8, 1, 1]] and targets.tolist() == [[6, 7, 9, 1, 1]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0]] and docs.tolist() == [[1, 1, 2, 0, 0]]
 
 
 def test_targets_follow_inputs_and_learn_the_answers_alone(place):
-    cfg, train, model, tok = setup(place)
-    ids, targets, mask, docs = sft.get_batch(train, [[0, 1], [5]], cfg.seq_len, tok.pad_id, CPU)
-    assert ids.shape == targets.shape == mask.shape == docs.shape == (2, 256)
-    for row, numbers in enumerate([[0, 1], [5]]):
+    """render_chat's mask, after packing: decoded, the learned targets are the answers, each with its <|im_end|>."""
+    tok = place[1]
+    rows = [[0, 1], [5]]
+    _, (ids, targets, mask, docs) = batch_of(place, rows)
+    for row, numbers in enumerate(rows):
         for number, i in enumerate(numbers, 1):
             here = docs[row] == number
             whole, _ = render_chat(tok, conversation(i))
@@ -132,54 +62,33 @@ def test_targets_follow_inputs_and_learn_the_answers_alone(place):
             assert tok.decode(targets[row][here & (mask[row] > 0)].tolist()) == answers
     padding = docs == 0
     assert padding.any() and mask[padding].sum() == 0 and (ids[padding] == tok.pad_id).all()
-    # what a learned target follows is the end of the header or the answer so far, never another conversation
+    # the first learned target follows the end of the header, never another conversation
     first = mask[0].nonzero()[0].item()
     assert tok.decode(ids[0, :first + 1].tolist()).endswith("<|im_start|>assistant\n")
 
 
 def test_packed_rows_equal_each_conversation_alone(place):
-    cfg, train, model, tok = setup(place)
-    rows = [[3, 0, 7], [5, 12], []]  # and a row of nothing but padding
-    ids, targets, mask, docs = batch = sft.get_batch(train, rows, cfg.seq_len, tok.pad_id, CPU)
-    packed = loss_of(model, batch)
-    packed.backward()
-    packed_grads = gradients(model)
+    """The loss and all gradients; with a row of nothing but padding."""
+    rows = [[3, 0, 7], [5, 12], []]
+    model, batch = batch_of(place, rows)
     alone = 0.0
     for i in sum(rows, []):
-        whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
+        whole, learned = (torch.tensor(x) for x in render_chat(place[1], conversation(i)))
         logits = model.logits(model(whole[None, :-1]))[0]
         alone = alone + (F.cross_entropy(logits, whole[1:], reduction="none") * learned[1:]).sum()
-    alone.backward()
-    assert abs(packed - alone) / mask.sum() <= 2e-5
-    assert_close(packed_grads, gradients(model), 2e-5 * mask.sum())
+    packed = loss_of(model, batch)
+    n = batch[2].sum()
+    assert abs(packed - alone) / n <= 2e-5
+    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (packed, alone))):
+        assert (a - b).abs().max() <= 2e-5 * n
 
 
-def test_no_loss_and_no_sight_across_borders(place):
-    cfg, train, model, tok = setup(place)
-    ids, targets, mask, docs = sft.get_batch(train, [[1, 2]], cfg.seq_len, tok.pad_id, CPU)
-    second = docs == 2
-    with torch.no_grad():
-        before = model.logits(model(ids, docs=docs))[second]
-        others = torch.where(docs == 1, (ids + 17) % 400, ids)
-        assert torch.equal(before, model.logits(model(others, docs=docs))[second])
-    border = (docs == 1).nonzero()[-1]  # the last input of the first conversation predicts its own last token
-    assert targets[tuple(border)] == train.document(1)[0][-1]
-
-
-def test_micro_steps_do_not_change_the_mean(place):
-    """Two rows at once = one after the other, though they learn different numbers of tokens."""
-    cfg, train, model, tok = setup(place)
-    rows = [[0, 5], [4]]
-    ids, targets, mask, docs = sft.get_batch(train, rows, cfg.seq_len, tok.pad_id, CPU)
-    assert mask[0].sum() != mask[1].sum()
-    loss_of(model, (ids, targets, mask / mask.sum(), docs)).backward()
-    together = gradients(model)
-    learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)
-    assert learned[sum(rows, [])].sum() == mask.sum()
-    for row in rows:
-        x, y, m, d = sft.get_batch(train, [row], cfg.seq_len, tok.pad_id, CPU)
-        loss_of(model, (x, y, m / learned[sum(rows, [])].sum(), d)).backward()
-    assert_close(together, gradients(model), 1e-6)
+@torch.no_grad()
+def test_no_sight_across_borders(place):
+    model, (ids, targets, mask, docs) = batch_of(place, [[1, 2]])
+    before = model.logits(model(ids, docs))[docs == 2]
+    others = torch.where(docs == 1, (ids + 17) % 400, ids)
+    assert torch.equal(before, model.logits(model(others, docs))[docs == 2])
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -205,127 +114,46 @@ def test_loss_by_hand():
 # ---------------------------------------------------------------------------- whole runs
 
 
-def run(cfg):
-    sft.main(cfg)
-    forget_run()
-    return load_checkpoint(cfg.out_dir)
-
-
-def read_log(cfg):
-    with open(f"{cfg.out_dir}/log.jsonl") as f:
-        return [json.loads(line) for line in f]
-
-
-def assert_same_run(a, b):
-    assert a["step"] == b["step"] and a["best_val"] == b["best_val"]
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for x, y in zip(a["optimizers"], b["optimizers"]):
-        for i in x["state"]:
-            assert all(torch.equal(x["state"][i][k], y["state"][i][k]) for k in x["state"][i])
-
-
-def check_resume(root, name, **changes):
-    whole = run(settings(root, out_dir=f"{root}/{name}-whole", eval_every=2, **changes))
-    run(settings(root, out_dir=f"{root}/{name}-parts", eval_every=2, **{**changes, "max_steps": 2}))
-    parts = run(settings(root, out_dir=f"{root}/{name}-parts", eval_every=2, **changes))
-    assert_same_run(whole, parts)
-    return whole
-
-
-def check_two_ranks(root, name, **changes):
-    """The gradients of the first step (AdamW's first moment is a tenth of them) and the losses agree to 1e-6."""
-    one = settings(root, out_dir=f"{root}/{name}-one", max_steps=1, grad_clip=0.0, **changes)
-    two = dataclasses.replace(one, out_dir=f"{root}/{name}-two")
-    a = run(one)
-    words = [f"--{key}={value}" for key, value in changed(two).items()]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           os.path.join(ROOT, "sft.py"), *words], capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    b = load_checkpoint(two.out_dir)
-    first, second = a["optimizers"][0]["state"], b["optimizers"][0]["state"]
-    assert first.keys() == second.keys() and len(first) > 0
-    for i in first:
-        assert (first[i]["exp_avg"] - second[i]["exp_avg"]).abs().max() * 10 <= 1e-6
-    for x, y in zip(read_log(one), read_log(two), strict=True):
-        for key in ("loss", "val_loss"):
-            assert x[key] == pytest.approx(y[key], abs=1e-6), key
-        assert x["norm"] == pytest.approx(y["norm"], abs=1e-5)
-
-
-def test_learns_and_answers(place, capsys):
-    root, tok = place
-    cfg = settings(root, out_dir=f"{root}/learn", max_steps=0, epochs=12, lr=1e-2, batch_size=4, grad_accum=1,
-                   questions="你是谁？|你好", eval_every=20)
-    checkpoint = run(cfg)
+def test_learns_and_answers(place, tmp_path, capsys):
+    cfg = settings(place[0], "sft", str(tmp_path), max_steps=0, epochs=12, lr=1e-2, seq_len=256, batch_size=4, grad_accum=1,
+                   questions="你是谁？|" + "春夜" * 300 + "|你好", eval_every=20)
+    checkpoint, records = run(cfg)
     printed = capsys.readouterr().out
-    records = read_log(cfg)
-    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
-    assert "val_loss" in records[-1]
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and "val_loss" in records[-1]
     assert checkpoint["step"] == checkpoint["config"]["max_steps"] == len(records)
-    assert "question: 你好\n  answer: " in printed and "40 conversations (0 longer than a row left out)" in printed
-    assert os.path.exists(f"{root}/learn/best.pt") and os.path.exists(f"{root}/learn/tokenizer.model")
+    assert "question: 你好\n  answer: " in printed and "40 conversations (0 longer than a row left out" in printed
+    assert "question: " + "春夜" * 10 in printed and "tokens, a row 256" in printed  # costs nothing
+    assert {"best.pt", "tokenizer.model"} <= set(os.listdir(tmp_path))
 
 
-def spy_on_batches(monkeypatch):
-    """Return a list that gets the training conversations in the order they are read."""
-    seen, real = [], sft.get_batch
-
-    def spy(split, rows, T, pad_id, env):
-        if len(split) == 40:
-            seen.extend(i for row in rows for i in row)
-        return real(split, rows, T, pad_id, env)
-
-    monkeypatch.setattr(sft, "get_batch", spy)
-    return seen
-
-
-def test_every_epoch_visits_every_conversation_once_in_new_rows(place, monkeypatch):
-    seen = spy_on_batches(monkeypatch)
-    run(settings(place[0], out_dir=f"{place[0]}/epochs", max_steps=0, epochs=2.0, batch_size=1, grad_accum=1))
+def test_every_epoch_visits_every_conversation_once_in_new_rows(place, tmp_path, monkeypatch):
+    calls = spy(monkeypatch, sft, "get_batch")
+    run(settings(place[0], "sft", str(tmp_path), max_steps=0, epochs=2.0, seq_len=256, grad_accum=1))
+    seen = [i for (split, rows, *_), _ in calls if len(split) == 40 for row in rows for i in row]
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
     assert seen[:40] != seen[40:]
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_conversations_alone(place, monkeypatch):
-    cfg, _, model, tok = setup(place, out_dir=f"{place[0]}/mean", max_steps=1, grad_accum=2)
-    seen = spy_on_batches(monkeypatch)
-    run(cfg)
-    nats = learned_tokens = 0.0
-    for i in seen:
-        whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
-        nll = F.cross_entropy(model.logits(model(whole[None, :-1]))[0], whole[1:], reduction="none")
-        nats, learned_tokens = nats + (nll * learned[1:]).sum().item(), learned_tokens + learned[1:].sum().item()
-    assert len(seen) > 8
-    assert read_log(cfg)[0]["loss"] == pytest.approx(nats / learned_tokens, abs=2e-5)
+def test_the_loss_of_a_step_is_the_mean_over_its_learned_tokens(place, tmp_path, monkeypatch):
+    """Of all micro-steps together, though they learn different numbers of tokens."""
+    root, tok = place
+    calls = spy(monkeypatch, sft, "get_batch")
+    _, log = run(settings(root, "sft", str(tmp_path), max_steps=1, seq_len=256, batch_size=2, grad_accum=2))
+    model, nats, n_learned = load_model(f"{root}/base")[0], 0.0, []
+    for (split, rows, *_), (_, _, mask, _) in calls:
+        if len(split) == 40:
+            n_learned.append(mask.sum().item())
+            for i in sum(rows, []):
+                whole, learned = (torch.tensor(x) for x in render_chat(tok, conversation(i)))
+                nll = F.cross_entropy(model.logits(model(whole[None, :-1]))[0], whole[1:], reduction="none")
+                nats += (nll * learned[1:]).sum().item()
+    assert len(set(n_learned)) == 2
+    assert log[0]["loss"] == pytest.approx(nats / sum(n_learned), abs=2e-5)
 
 
-def test_resume_bit_for_bit(place):
-    check_resume(place[0], "resume")
-
-
-def test_ten_and_ten_steps_are_twenty(place):
-    check_ten_and_ten(sft, settings(place[0], out_dir=f"{place[0]}/ten", eval_every=10))
-
-
-def test_muon_resumes_bit_for_bit(place):
-    """Its momentum is kept, and that of AdamW, which has the embeddings and the gains, at a rate of its own."""
-    whole = check_resume(place[0], "muon", optimizer="muon", adam_lr=5e-4, weight_decay=0.1)
-    adam, muon = whole["optimizers"]
-    assert len(muon["state"]) == 2 * 4 and all(set(state) == {"momentum"} for state in muon["state"].values())
-    assert all(state["momentum"].abs().max() > 0 for state in muon["state"].values())
-    assert {group["lr"] for group in adam["param_groups"]} == {5e-4} and muon["param_groups"][0]["lr"] == 1e-3
-    check_ten_and_ten(sft, settings(place[0], out_dir=f"{place[0]}/ten-muon", eval_every=10, optimizer="muon"))
-
-
-def test_two_ranks_equal_one(place):
-    check_two_ranks(place[0], "ranks")
-
-
-def test_a_step_is_saved_before_its_answers_are_printed(place, monkeypatch):
+def test_a_step_is_saved_before_its_answers_are_printed(place, tmp_path, monkeypatch):
     """Whatever happens while answers are looked at, the step is on the disk."""
-    cfg = settings(place[0], out_dir=f"{place[0]}/printed", eval_every=2)
+    cfg = settings(place[0], "sft", str(tmp_path), eval_every=2)
     saved = []
 
     def print_answers(*_):
@@ -334,81 +162,21 @@ def test_a_step_is_saved_before_its_answers_are_printed(place, monkeypatch):
 
     monkeypatch.setattr(sft, "print_answers", print_answers)
     with pytest.raises(RuntimeError, match="no console"):
-        sft.main(cfg)
+        run(cfg)
     assert saved == [(2, 2)]
 
 
-def test_a_question_longer_than_the_model_can_see_costs_nothing(place, capsys):
-    root, _ = place
-    cfg = settings(root, out_dir=f"{root}/long", max_steps=2, questions="春夜" * 300 + "|你好")
-    assert run(cfg)["step"] == 2
-    printed = capsys.readouterr().out
-    assert "question: " + "春夜" * 10 in printed and "the model sees 256" in printed
-    assert "question: 你好\n  answer: " in printed
-
-
-def test_a_console_without_chinese_costs_nothing(place):
-    root, _ = place
-    cfg = settings(root, out_dir=f"{root}/ascii", max_steps=1, questions="你好")
-    words = [f"--{key}={value}" for key, value in changed(cfg).items()]
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), *words], capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert b"question: \\u4f60\\u597d" in done.stdout
-    assert load_checkpoint(cfg.out_dir)["step"] == 1
-
-
-def test_errors_name_the_fix(place):
-    root, tok = place
-    with pytest.raises(SystemExit, match="exceeds the 256 tokens"):
-        sft.main(settings(root, seq_len=512))
-    with pytest.raises(SystemExit, match="none of the 40 conversations"):
-        sft.main(settings(root, seq_len=4))
-    other = load_checkpoint(f"{root}/base")
-    with open(f"{root}/data/meta.json") as f:
-        meta = json.load(f)
-    os.makedirs(f"{root}/foreign")
-    for name in os.listdir(f"{root}/data"):
-        os.symlink(f"{root}/data/{name}", f"{root}/foreign/{name}")
-    os.remove(f"{root}/foreign/meta.json")
-    with open(f"{root}/foreign/meta.json", "w") as f:
-        json.dump({**meta, "fingerprint": "f" * 64}, f)
-    with pytest.raises(SystemExit, match=f"ffffffffffff.*{other['fingerprint'][:12]}"):
-        sft.main(settings(root, data_dir=f"{root}/foreign"))
-
-
-def test_mixture_of_experts_balances_in_full_tuning_alone(place):
-    root, tok = place
-    write_base(f"{root}/moe", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256,
-                                               n_experts=4, hidden_dim=48))
-    full = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-full", max_steps=1))
-    assert full["model"]["blocks.1.ffn.bias"].abs().max() > 0
-    lora = run(settings(root, init_from=f"{root}/moe", out_dir=f"{root}/moe-lora", max_steps=1, lora_rank=2))
-    assert "blocks.1.ffn.shared.down.lora_a" in lora["model"]
-    assert not any("router" in name or "bias" in name for name in lora["model"])
-
-
-def test_two_ranks_count_the_load_of_all_experts_together(place):
-    """The bias after a step says which experts got too few tokens of both ranks: a rate times a sign."""
-    root, tok = place
-    write_base(f"{root}/moe-two", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=256,
-                                                   n_experts=4, hidden_dim=48))
-    check_two_ranks(root, "moe-ranks", init_from=f"{root}/moe-two", grad_accum=4, batch_size=1)
-    one, two = (load_checkpoint(f"{root}/moe-ranks-{name}")["model"]["blocks.1.ffn.bias"] for name in ("one", "two"))
-    assert torch.equal(one, two) and one.abs().max() > 0
-
-
-def test_distilled_from_itself_there_is_nothing_to_learn(place):
+def test_distilled_from_itself_there_is_nothing_to_learn(place, tmp_path):
     """At weight 1 the loss is the divergence from the teacher: 0 at the first step, where both are the same model."""
-    root = place[0]
-    cfg = settings(root, out_dir=f"{root}/distilled", teacher=f"{root}/base", teacher_weight=1.0, max_steps=1)
-    sft.main(cfg)
-    with open(f"{root}/distilled/log.jsonl") as f:
-        assert abs(json.loads(f.readline())["loss"]) < 1e-5
+    _, log = run(settings(place[0], "sft", str(tmp_path), teacher="base", teacher_weight=1.0, max_steps=1))
+    assert abs(log[0]["loss"]) < 1e-5
 
 
-def test_a_teacher_with_a_smaller_window_is_refused(place):
+def test_errors_name_the_fix(place, tmp_path):
     root, tok = place
-    write_base(f"{root}/narrow", tok, ModelConfig(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=64))
-    with pytest.raises(SystemExit, match="seq_len=256 exceeds the 64 tokens that the model or its teacher"):
-        sft.main(settings(root, out_dir=f"{root}/narrow-run", teacher=f"{root}/narrow"))
+    make_run(f"{tmp_path}/narrow", tok, max_seq_len=64)
+    for changes, words in [(dict(seq_len=512), "seq_len=512 exceeds the 256 tokens that the model or its teacher can"),
+                           (dict(teacher=f"{tmp_path}/narrow"), "seq_len=128 exceeds the 64 tokens"),
+                           (dict(seq_len=4), "none of the 40 conversations"),
+                           (dict(data_dir="text"), "holds data of kind text, this stage reads sft")]:
+        assert words in refused(settings(root, "sft", f"{tmp_path}/run", **changes))

@@ -107,7 +107,6 @@ ALWAYS = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "use_sliding_window": False,
-    "norm_topk_prob": True,     # the chosen experts' weights sum to 1, before routed_scaling_factor
     "n_group": 1,               # all experts compete: there are no groups of which some are chosen first
 }
 
@@ -148,6 +147,7 @@ def hf_config(config):
         theirs["n_shared_experts"] = config.n_shared_experts or 1           # see experts_views
         theirs["use_qk_norm"] = config.qk_norm
         theirs["topk_group"] = 1
+        theirs["norm_topk_prob"] = config.n_active_experts > 1      # as in MoE.forward
         theirs["num_nextn_predict_layers"] = 0      # no layer that guesses the token after the next
         # Glm4Moe turns only half of a head's channels unless it is told otherwise
         theirs["partial_rotary_factor"] = 1.0
@@ -170,6 +170,10 @@ def config_from_hf(theirs):
     wanted["partial_rotary_factor"] = 1.0
     usual = 0.5 if kind == "glm4_moe" else 1.0
     found["partial_rotary_factor"] = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", usual))
+    if kind == "glm4_moe":
+        # the weights of several experts sum to 1, before routed_scaling_factor; that of a single one is its own
+        wanted["norm_topk_prob"] = theirs.get("num_experts_per_tok") != 1
+        found["norm_topk_prob"] = theirs.get("norm_topk_prob", True)
     for name, value in wanted.items():
         check(found[name] == value,
               f"config.json says {name}={found[name]!r}; our model computes {name}={value!r} alone")

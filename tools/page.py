@@ -19,9 +19,9 @@ from configurator import check, run
 
 import numpy as np
 
-from common import load_checkpoint, load_model, load_reward_model
-from tokenizer import PATTERNS, QWEN_PATTERN
-from tools.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, count_ranks, is_tiktoken, vocabulary
+from common.checkpoint import load_checkpoint, load_model, load_reward_model
+from tools.vocabulary import (BYTE, NORMAL, UNUSED, USER_DEFINED, is_library, is_tiktoken, sentencepieces,
+                              vocabulary)
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 PLACE = "<!-- the data of tools/page.py -->"
@@ -47,42 +47,49 @@ def javascript_pattern(pattern):
     # few browsers know (?i:…). Rust's "s" without case is also the long s
     endings = "(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
     pattern = pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'" + endings)
-    assert "(?" not in pattern.replace("(?:", "").replace("(?!", ""), f"cannot write {pattern} in JavaScript"
+    known = pattern.replace("(?:", "").replace("(?!", "")
+    check("(?" not in known, f"the page cannot cut text with this vocabulary, whose rule is {pattern}")
     pattern = pattern.replace(r"[^\s", f"[^{SPACE}")        # inside a class
     return pattern.replace(r"\s", f"[{SPACE}]").replace(r"\S", f"[^{SPACE}]")
 
 
 def describe_vocabulary(tok):
     """Return what the page needs to cut text as `tok` does; vocabularies that it cannot follow exactly are refused."""
+    check(not is_library(tok), "the page cannot cut text with this vocabulary: it is a tokenizer.json that is neither "
+          "sentencepiece nor of a family of tiktoken's that tokenizer.py knows")
     pieces = vocabulary(tok)
-    ids_of = {kind: [] for kind in range(NORMAL, BYTE + 1)}
-    for i, piece in enumerate(pieces):
-        ids_of[piece.kind].append(i)
-    check(not ids_of[UNUSED], "the page cannot cut text with this vocabulary: it holds pieces that it never uses")
+    words = list(tok.words.values())
+    normal = [i for i, piece in enumerate(pieces) if piece.kind == NORMAL]
+    user = [i for i, piece in enumerate(pieces) if piece.kind == USER_DEFINED and i not in words]
+    in_bytes = [i for i, piece in enumerate(pieces) if piece.kind == BYTE]
     described = {
         "pieces": [piece.text for piece in pieces],
-        "control": ids_of[UNKNOWN] + ids_of[CONTROL],       # no text ever becomes one of these
-        "user": ids_of[USER_DEFINED],
-        "bytes": ids_of[BYTE],
+        "words": words,                                     # cut out of a text before all else
+        "user": user,                                       # then these, which sentencepiece cuts out
+        "bytes": in_bytes,
+        "control": sorted(set(range(len(pieces))) - {*normal, *words, *user, *in_bytes}),  # no text becomes these
         "rank": None,                                       # None: pieces merge in the order of their ids
         "split": None,                                      # None: sentencepiece
+        "nfc": bool(tok.settings.get("nfc")),
         "prefix": tok.dummy_prefix,
+        "start": tok.start_ids,
         "eot": tok.eot_id,
         "im_start": tok.im_start_id,
         "im_end": tok.im_end_id,
         "pad": tok.pad_id}
     if is_tiktoken(tok):
-        n_ranks = count_ranks(tok)
-        # a byte is the letter of its number
-        described["pieces"][:n_ranks] = [tok.pieces[i].decode("latin-1") for i in range(n_ranks)]
-        described["split"] = javascript_pattern(PATTERNS.get(n_ranks, QWEN_PATTERN))
-    else:
-        scores = [pieces[i].score for i in ids_of[NORMAL]]
-        falling = all(a > b for a, b in zip(scores, scores[1:]))
-        if not falling:
-            # of two pairs the one of the better score is merged first, of equals the left one
-            place = {score: i for i, score in enumerate(sorted(set(scores), reverse=True))}
-            described["rank"] = [place.get(piece.score, 0) for piece in pieces]
+        described["split"] = javascript_pattern(tok.rule)
+        for i in normal:
+            described["pieces"][i] = tok.pieces[i].decode("latin-1")    # a byte is the letter of its number
+        return described
+    unused = any(piece.kind == UNUSED for piece in sentencepieces(tok))
+    check(not unused, "the page cannot cut text with this vocabulary: it holds pieces that it never uses")
+    scores = [pieces[i].score for i in normal]
+    falling = all(a > b for a, b in zip(scores, scores[1:]))
+    if not falling:
+        # of two pairs the one of the better score is merged first, of equals the left one
+        place = {score: i for i, score in enumerate(sorted(set(scores), reverse=True))}
+        described["rank"] = [place.get(piece.score, 0) for piece in pieces]
     return described
 
 

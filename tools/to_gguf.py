@@ -94,7 +94,7 @@ def add_gguf_config(writer, config, gguf):
         writer.add_expert_feed_forward_length(config.expert_hidden_dim)
         writer.add_leading_dense_block_count(config.first_dense)
         writer.add_expert_weights_scale(config.route_scale)
-        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_norm(config.n_active_experts > 1)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
