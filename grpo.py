@@ -276,7 +276,7 @@ def main(cfg):
             # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
             n_tokens, n_rows = all_sum([batch["weights"][rows].sum(), len(rows)], env)
             weight = env.world / max(n_tokens, 1.0)
-            if cfg.advantage == "dr_grpo":
+            if cfg.advantage == "dr_grpo" and cfg.ratio == "token":
                 # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
                 weight = env.world / (n_rows * cfg.max_new_tokens)
 

@@ -37,7 +37,7 @@ def test_policy_loss_by_hand():
     assert torch.allclose(ratio, torch.tensor([[1.5, 0.5, 1.1, 1.0]]))
 
 
-VARIANTS = [dict(), dict(clip_high=0.35), dict(ratio="sequence", clip=0.02), dict(surrogate="cispo", clip_high=0.3),
+VARIANTS = [dict(clip=0.2), dict(clip=0.2, clip_high=0.35), dict(ratio="sequence", clip=0.02), dict(surrogate="cispo", clip=0.2, clip_high=0.3),
             dict(ratio="sequence", clip_high=0.05, clip=0.01), dict(surrogate="cispo", ratio="sequence", clip=0.03)]
 
 
@@ -69,6 +69,8 @@ def test_policy_loss_equals_the_papers_formulas(changes):
             assert ratio[i, t].item() == pytest.approx(r.item(), rel=1e-9)
             outside += not low <= r <= high
             A = advantages[i]
+            if cfg.ratio == "sequence":
+                A = A / len(places)  # each answer counts once
             if cfg.surrogate == "cispo":
                 total = total - r.clamp(max=high).detach() * A * logps[i, t]
             else:
@@ -143,26 +145,28 @@ def plain_objective(actor, documents, rewards, cfg):
             elif cfg.advantage == "grpo":
                 A = A / (r.std(ddof=1) + 1e-4)
             ids, mask = documents[first + k]
+            share = 1 / sum(mask) if cfg.ratio == "sequence" else 1.0  # GSPO: an answer counts once, else each token
             ids = torch.tensor(ids)
             logps = actor.logits(actor(ids[None, :-1]))[0].div(cfg.temperature).log_softmax(-1)
             for place in range(len(ids) - 1):
                 if mask[place + 1]:
-                    total = total - A * logps[place, ids[place + 1]]
-                    n_tokens += 1
-    length = len(documents) * cfg.max_new_tokens if cfg.advantage == "dr_grpo" else n_tokens
+                    total = total - A * share * logps[place, ids[place + 1]]
+                    n_tokens += share
+    is_constant = cfg.advantage == "dr_grpo" and cfg.ratio == "token"
+    length = len(documents) * cfg.max_new_tokens if is_constant else n_tokens
     return total / length
 
 
 @pytest.mark.parametrize("changes", [
     dict(advantage="rloo"), dict(advantage="grpo"), dict(advantage="dr_grpo"),
     dict(advantage="dr_grpo", temperature=0.6), dict(advantage="grpo", skip_flat_groups=True),
-    dict(advantage="rloo", skip_flat_groups=True, clip_high=0.3),
+    dict(advantage="rloo", skip_flat_groups=True, clip_high=0.3), dict(advantage="rloo", skip_flat_groups=True, kl_coef=0.5),
     dict(advantage="grpo", ratio="sequence"), dict(advantage="rloo", surrogate="cispo"),
     dict(advantage="dr_grpo", surrogate="cispo", ratio="sequence")])
 def test_the_gradient_of_a_step_is_the_plain_loops(play, monkeypatch, changes):
     """Advantages from the answers of a group, the mean over tokens or over a constant length, flat groups out of it."""
     actor, *_ = models = toy_models(head_std=0.5)
-    cfg = dict(batch_size=5, group_size=3, grad_accum=2, ppo_epochs=1, minibatches=1, kl_coef=0.0, grad_clip=0.0, **changes)
+    cfg = dict(batch_size=5, group_size=3, grad_accum=2, ppo_epochs=1, minibatches=1, kl_coef=0.0, grad_clip=0.0) | changes
     rollouts = spy(monkeypatch, grpo, "rollout")
     before = Transformer(actor.config)
     before.load_state_dict(actor.state_dict())

@@ -1,6 +1,6 @@
 """--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py).
 
-    torchrun --standalone --nproc_per_node=2 tests/test_sharding.py JOBS.json      what the tests start
+    torchrun --standalone --nproc_per_node=2 tests/hard/test_sharding.py JOBS.json      what the tests start
 """
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, train_tokenizer
 from tools import export
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.abspath(f"{__file__}/../../..")
 # what a run in shards must get right, each in one of three: tied embeddings, blocks computed again, Muon, experts
 KINDS = {
     "dense": dict(checkpoint_blocks=True),
@@ -71,7 +71,7 @@ def in_ranks(processes, jobs, file):
     with open(file, "w") as f:
         json.dump(jobs, f)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, "tests/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([*command, "tests/hard/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
                           timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
