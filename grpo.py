@@ -338,10 +338,10 @@ def main(cfg):
             record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
         log(cfg, env, step, record)
         if measure:
-            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     if step < cfg.max_steps:
         # stopped: the last finished step is not lost
-        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 

@@ -18,7 +18,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [9, 8, 7, 6], [2]]
 def test_gibbs(play, advantage):
     """The policy ends at the optimum of reward and KL, whether the KL is in the reward (k1) or in the loss (k3)."""
     models = toy_models()
-    play(grpo, models, advantage=advantage, group_size=4, batch_size=32, max_steps=150)
+    play(grpo, models, advantage=advantage, group_size=4, batch_size=32, max_steps=150, ppo_epochs=2, minibatches=2)
     assert gibbs_error(models) <= 0.03
 
 
@@ -46,7 +46,8 @@ def plain_objective(actor, documents, rewards, cfg):
                 if mask[place + 1]:
                     total = total - A * logps[place, ids[place + 1]] * counts
                     n_tokens += counts
-    length = len(documents) * cfg.max_new_tokens if cfg.advantage == "dr_grpo" else n_tokens
+    places = 1 if cfg.ratio == "sequence" else cfg.max_new_tokens
+    length = len(documents) * places if cfg.advantage == "dr_grpo" else n_tokens
     return total / length
 
 
