@@ -47,7 +47,7 @@ class Config:
     beta: NonNegative = 0.0        # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda);
                                    # 0: 0.1, with simpo 2.5
     label_smoothing: Share = 0.1   # cdpo: share of pairs taken to be the wrong way round
-    simpo_gamma: NonNegative = 1.4  # simpo: beta times the lead, in nats a token, that the better answer must have
+    simpo_gamma: NonNegative = 1.4  # simpo: beta times the lead, in nats per token, that the better answer must have
     nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss per token (RPO, arXiv 2404.19733)
     # conversations mixed in, so that preferences do not cost the chat
     ptx_dir: str = ""              # data of kind sft or text; several folders, with commas between, take turns

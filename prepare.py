@@ -49,7 +49,7 @@ class Config:
     txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
     repeat: str = ""  # "dialogues:4,recitals:2": train on the documents of these files (without ending) that often
     poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
-    talk: str = ""  # recipe poems-sft: a file of small talk in the place of 明月's, which `python -m recipes.smalltalk` prints
+    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which make it somebody else than 明月
     # cleaning
     markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text: letters, or ends of it
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped

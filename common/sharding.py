@@ -27,7 +27,7 @@ def shard_model(model, env):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # the rest (embedding, norm, head) stays whole from the forward pass to the backward: the loss uses head_weight
     fully_shard(model, mesh=mesh)
-    if model.embed.weight.is_meta:
+    if next(model.parameters()).is_meta:
         shards = {name: shard_like(whole, model.get_parameter(name)) for name, whole in model.initial_weights()}
         model.load_state_dict(shards, strict=False, assign=True)  # not strict: the buffers are there already
     return model

@@ -15,4 +15,4 @@ eval_every = 180
 eval_prompts = 600
 
 log_every = 10
-dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 products prepare each anew
+dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 matmuls prepare each anew

@@ -94,7 +94,7 @@ def show(folder, count):
         offsets = np.append(0, ends if len(ends) else len(tokens))
     for i in range(min(count, len(offsets) - 1)):
         part = slice(offsets[i], min(offsets[i + 1], offsets[i] + 1000))
-        mask = np.zeros(part.stop - part.start) if masks is None else masks[part]
+        mask = np.zeros(part.stop - part.start, bool) if masks is None else masks[part] > 0
         print(f"--- {i + 1}{rank_of(i, groups)}\n{coloured(tok, tokens[part], mask)}")
 
 

@@ -9,7 +9,7 @@ sft       messages that end with an answer; "weight": 0 in an answer that is not
 prompts   messages that end with a question
 pairs     {"prompt": messages, "answers": [best, …, worst]}
 
-Nothing is left out in silence: the notes say which fields were used, which ignored, and what was cut off. A record that
+Nothing is left out silently: the notes say which fields were used, which ignored, and what was cut off. A record that
 cannot be used raises Skip with the reason; where it is unclear which field holds what, the reason asks for --fields.
 """
 from common.documents import clean
