@@ -89,6 +89,8 @@ def read_turns(value, name, notes, role=None):
                 raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and "
                            "answer")
             messages += [message(speaker, as_text(text, name)) for speaker, text in zip(("user", "assistant"), turn)]
+        elif name == "history":
+            raise Skip("wrong type", "history holds texts, wanted pairs of question and answer: [[…, …], …], or messages")
         else:
             asked = messages and messages[-1]["role"] == "user"
             messages.append(message("assistant" if asked else "user", as_text(turn, name)))

@@ -79,6 +79,8 @@ EXAM = messages("u:月亮？\nA. 一\nB. 二\nC. 三", "a:B")
     {"question": "月亮？", "options": '["A. 一", "B. 二", "C. 三"]', "answer": "B"},
     {"question": "月亮？", "choices": {"label": ["A", "B", "C"], "text": ["一", "二", "三"]}, "answer": "B"},
     {"question": "月亮？", "option": {"A": "一", "B": "二", "C": "三"}, "answer": "B"},
+    {"question": "月亮？", "option_a": "一", "option_b": "二", "option_c": "三", "answer": "B"},
+    {"question": "月亮？", "选项A": "一", "选项B": "二", "选项C": "三", "answer": "B"},
 ])
 def test_choices_are_a_part_of_the_question(record):
     got, notes = convert(record, "sft")
@@ -100,13 +102,20 @@ def test_texts_in_a_question_never_take_turns(record, kind):
     assert convert({"prompt": ["问"]}, "prompts")[0] == messages("u:问")
 
 
+def test_nan_in_a_question_is_nothing():
+    got, notes = convert({"instruction": "翻译", "input": "nan", "output": "答"}, "sft")
+    assert got == messages("u:翻译", "a:答") and notes.cut == {"input that says nan": 1}
+
+
 def test_history_is_pairs():
+    assert "pairs of question and answer" in skipped({"history": ["甲问", "乙问"], "question": "问", "answer": "答"}, "sft")
     assert "pairs of question and answer" in skipped({"history": [["甲", "乙", "丙"]], "question": "问", "answer": "答"}, "sft")
 
 
 @pytest.mark.parametrize("record,leaves", [
     ({"instruction": "修船", "input": "木板", "output": "钉", "prompt": "指令：修船\n输入：木板\n输出：钉"}, "prompt"),
     ({"prompt": "问：" + POEMS[0] + POEMS[1], "completion": POEMS[0] + POEMS[1]}, None),
+    ({"prompt": "一加一？\n答案：2", "completion": "2"}, None),
 ])
 def test_a_question_with_its_answer_is_asked_about(record, leaves):
     said = skipped(record, "sft")
@@ -157,6 +166,11 @@ def test_an_unknown_mark_is_asked_about(mark, value):
     assert convert(record, "sft", [tuple(item.split(":")) for item in learns.split(",")])[0] == messages("u:问", "a:答")
     if value in (False, 0, "0"):
         assert "thumbs down" in skipped(record, "sft", [tuple(item.split(":")) for item in drops.split(",")])
+
+
+def test_a_list_of_marks_is_asked_about():
+    said = skipped({"messages": messages("u:问", "a:坏"), "loss_mask": [0, 0]}, "sft")
+    assert "loss_mask is [0, 0] beside an answer" in said and "as weight" in said
 
 
 @pytest.mark.parametrize("name", ["id", "conversation_id", "index", "turn", "num_turns", "timestamp"])
