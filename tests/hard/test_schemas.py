@@ -177,7 +177,7 @@ def test_pairs_folder(tok_file, monkeypatch, chunk_bytes):
     folder = run(tok_file, kind="pairs", val_fraction=0.2, max_length=200)
     check_files(folder)
     assert folder.meta["dropped"]["fewer than two ranked answers"] == 1
-    assert folder.meta["cut"] == {"tied or equal answers": 3, "answers longer than --max_length=200": 1}
+    assert folder.meta["cut"] == {"tied or equal answers": 2, "answers longer than --max_length=200": 1}
     want = {(json.dumps(prompt, ensure_ascii=False), tuple(answers)) for _, prompt, answers in RANKINGS}
     want |= {(json.dumps(messages(f"u:问{i}"), ensure_ascii=False), ("丁", "丙", "乙", "甲")) for i in range(20)}
     by_row = {}     # (ids, what is learned) → rank
