@@ -95,10 +95,15 @@ def stem(path):
     return os.path.basename(path).split(".")[0]
 
 
-def is_json(line):
-    """Whether a line is a JSON object."""
+def are_json(head):
+    """Whether the lines that a file begins with are JSON objects; the last of them may be cut off."""
+    lines = [line.strip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    whole = lines[:-1] or lines
+    if not lines or not all(line.startswith(b"{") and line.endswith(b"}") for line in whole) or not lines[-1].startswith(b"{"):
+        return False
     try:
-        return line.startswith(b"{") and isinstance(DECODER.decode(line.decode(errors="replace")), dict)
+        DECODER.decode(lines[0].decode(errors="replace"))
+        return True
     except BROKEN:
         return False
 
@@ -115,7 +120,7 @@ def check_blank_lines(head):
 def read_txt(raw, txt_document):
     f = open_text(raw)
     head = f.buffer.peek()
-    if is_json(head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")[0]):
+    if are_json(head):
         yield from read_lines(f)
         return
     if txt_document == "blank":

@@ -294,6 +294,6 @@ def test_what_stands_beside_a_list_of_records(tok_file):
     os.mkdir("in")
     for split in ("train", "test"):
         data = [{"question": f"{split}{i}", "answer": "答"} for i in range(9)]
-        write(f"in/{split}s.jsonl", [{"split": split, "passage": "短文", "data": data}])
+        write(f"in/{split}s.jsonl", [{"split": split, "source": "某处", "data": data}])
     folder = run(tok_file, kind="sft")
-    assert len(folder.texts("val")) == 9 and folder.meta["fields"]["in/trains.jsonl"]["ignored"] == {"passage": 1}
+    assert len(folder.texts("val")) == 9 and folder.meta["fields"]["in/trains.jsonl"]["ignored"] == {"source": 9}
