@@ -17,7 +17,8 @@ What differs from the papers:
  1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
  3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
- 4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3);
+ 4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3), where its gradient is that
+    of KL(reference || policy): it pulls the policy back, but not to the optimum of reward minus KL;
  5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens, those
     with --ratio=sequence over answers (GSPO).
 """

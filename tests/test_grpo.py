@@ -14,11 +14,10 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [9, 8, 7, 6], [2]]
 # ---------------------------------------------------------------------------- the whole loop
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "dr_grpo"])
-def test_gibbs(play, advantage):
-    """The policy ends at the optimum of reward and KL, whether the KL is in the reward (k1) or in the loss (k3)."""
+def test_gibbs(play):
+    """With the KL in the reward (rloo) the policy ends at the optimum of reward and KL, the Gibbs distribution."""
     models = toy_models()
-    play(grpo, models, advantage=advantage, group_size=4, batch_size=32, max_steps=150, ppo_epochs=2, minibatches=2)
+    play(grpo, models, advantage="rloo", group_size=4, batch_size=32, max_steps=150)
     assert gibbs_error(models) <= 0.03
 
 
