@@ -14,6 +14,7 @@ import base64
 import codecs
 import collections
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -40,6 +41,7 @@ LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+HF_READER = "readers.hf_tokenizer"  # imported by name, where a vocabulary of transformers is opened and nowhere else
 HEADER = b'{"mingyue": '  # begins a line that a saved vocabulary may have before it: its settings, as JSON
 
 
@@ -59,7 +61,7 @@ class Tokenizer:
         self.data = raw                     # what save() writes
         self.settings = settings or {}
         if settings:
-            from readers.hf_tokenizer import follow
+            follow = importlib.import_module(HF_READER).follow
             encode = follow(encode, settings)
             self.data = HEADER + json.dumps(settings, ensure_ascii=False).encode() + b"}\n" + raw
         self._encode = encode               # text -> ids of the base vocabulary
@@ -225,8 +227,9 @@ def load_tokenizer(path):
     """Open a vocabulary: a sentencepiece model, a rank file, a folder with one of these or of transformers."""
     path = os.fspath(path)
     folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
-        from readers.hf_tokenizer import read_folder
+    theirs = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    if any(os.path.exists(os.path.join(folder, name)) for name in theirs):
+        read_folder = importlib.import_module(HF_READER).read_folder
         data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
         return make_tokenizer(data, settings, folder)
     if os.path.isdir(path):
@@ -248,7 +251,7 @@ def make_tokenizer(data, settings, path):
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
         return _load_tiktoken(data, settings, path)
     if data.startswith(b"{"):
-        from readers.hf_tokenizer import load_library
+        load_library = importlib.import_module(HF_READER).load_library
         return Tokenizer(data, **load_library(data, path), specials={}, settings=settings)
     return _load_sentencepiece(data, settings, path)
 

@@ -28,14 +28,16 @@ def print_bars(rows, columns=30):
 
 def shade(weight):
     """A block as dark as a weight from 0 to 1."""
-    return " ░▒▓█"[min(4, math.ceil(4 * weight - 0.2))] * 2
+    return " ░▒▓█"[min(4, math.ceil(4 * weight - 0.2))]
 
 
 def print_curves(curves, rows=12, columns=64):
     """curves: {one character: [(x, y)]}; print them in one frame."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    left = min(x for x, _ in points)
+    right = max(x for x, _ in points)
+    low = min(y for _, y in points)
+    high = max(y for _, y in points)
     grid = [[" "] * columns for _ in range(rows)]
     for mark, curve in curves.items():
         for x, y in curve:

@@ -20,9 +20,12 @@ from common.generate import generate
 from common.optim import lr_at
 from common.rollout import k3
 from configurator import check, run
-from learn import broken, draw, small
+from learn import draw, small
+from learn.measures import curve_of
 from model import KVCache
 from tools.evaluate import wilson
+
+STEPS = {"optimizers": 200, "experts": 150}
 
 
 def kv_cache():
@@ -61,10 +64,12 @@ def schedule():
 def optimizers():
     """The small model with AdamW and with Muon."""
     curves = {}
+    n_steps = STEPS["optimizers"]
     for mark, name, lr in (("·", "adamw", 1e-2), ("×", "muon", 2e-2)):
-        folder = small.train("pretrain", optimizer=name, lr=lr, max_steps=200, out_dir=f"out/learn-{name}")
-        curves[mark] = broken.curve_of(folder, "loss")
-        print(f"{name:<6} lr {lr}：第 100 步损失 {curves[mark][99][1]:.2f}，第 200 步 {curves[mark][-1][1]:.2f}", flush=True)
+        folder = small.train("pretrain", optimizer=name, lr=lr, max_steps=n_steps, out_dir=f"out/learn-{name}")
+        curves[mark] = curve_of(folder, "loss")
+        half, end = curves[mark][n_steps // 2 - 1][1], curves[mark][-1][1]
+        print(f"{name:<6} lr {lr}：第 {n_steps // 2} 步损失 {half:.2f}，第 {n_steps} 步 {end:.2f}", flush=True)
     print("\n· AdamW  × Muon")
     draw.print_curves(curves)
 
@@ -76,7 +81,8 @@ def kl():
     q = torch.tensor([0.4, 0.3, 0.2, 0.1])
     true = (p * (p / q).log()).sum()
     x = p.multinomial(100_000, replacement=True)
-    logp, logq = p.log()[x], q.log()[x]
+    logp = p.log()[x]
+    logq = q.log()[x]
     estimates = {"k1 = log(p/q)": logp - logq, "k2 = log(p/q)²/2": (logp - logq) ** 2 / 2, "k3": k3(logp, logq)}
     print(f"真值 KL(p||q) = {true:.5f}\n")
     print("                    平均      标准差    最小")
@@ -89,13 +95,15 @@ def intervals():
     print("对了 60 % 时，95 % 的置信区间：")
     for n in (10, 100, 1000, 10_000):
         low, high = wilson(round(0.6 * n), n)
-        print(f"  {n:>6} 道题  {100 * low:5.1f} … {100 * high:5.1f} %  {draw.fill('', round(60 * low))}{'─' * round(60 * (high - low))}")
+        line = " " * round(60 * low) + "─" * round(60 * (high - low))
+        print(f"  {n:>6} 道题  {100 * low:5.1f} … {100 * high:5.1f} %  {line}")
     print("两个模型差 5 个百分点，100 道题说明不了什么，1,000 道题才刚够。")
 
 
 def experts():
     """A small mixture of experts, and how many tokens each expert gets after training."""
-    folder = small.train("pretrain", n_experts=8, n_active_experts=2, n_layers=3, max_steps=150, out_dir="out/learn-moe")
+    folder = small.train("pretrain", n_experts=8, n_active_experts=2, n_layers=3, max_steps=STEPS["experts"],
+                         out_dir="out/learn-moe")
     model, tokenizer, _ = load_model(folder)
     total, active = model.count()
     print(f"{total:,} 个参数，一个词元只用其中 {active:,} 个")

@@ -30,11 +30,11 @@ SHAPE = dict(dim=64, n_layers=2, n_heads=2, qk_norm=True, max_seq_len=96)
 # what makes each stage short; a stage's other settings keep their defaults
 SETTINGS = {
     "pretrain": dict(
-        **MACHINE, **SHAPE, data_dir="data/learn", out_dir="out/learn", seq_len=64, batch_size=8, max_steps=300,
-        optimizer="muon", lr=2e-2, min_lr=1e-3, momentum=0.8, eval_every=300, sample_start="床前明月光"),
+        **MACHINE, **SHAPE, data_dir="data/learn", out_dir="out/learn", seq_len=64, batch_size=8, max_steps=400,
+        optimizer="muon", lr=2e-2, min_lr=1e-3, momentum=0.8, eval_every=400, sample_start="床前明月光"),
     "sft": dict(
         **MACHINE, data_dir="data/learn-sft", init_from="out/learn", out_dir="out/learn-sft", batch_size=4,
-        max_steps=150, optimizer="muon", lr=5e-3, min_lr=5e-4, momentum=0.8, eval_every=150, questions=""),
+        max_steps=200, optimizer="muon", lr=5e-3, min_lr=5e-4, momentum=0.8, eval_every=200, questions=""),
     "reward": dict(
         device="cpu", dtype="float32", data_dir="data/learn-pairs", init_from="out/learn-sft",
         out_dir="out/learn-reward", max_steps=60, lr=1e-3, min_lr=1e-4, eval_every=60),
@@ -66,6 +66,9 @@ def lines_of(poem):
 
 def records(kind):
     """Yield the records of a data set, as prepare.py reads them."""
+    if kind == "text":
+        # often enough that the characters of a question get tokens of their own
+        yield {"text": 3 * "“”的下一句是什么？", "split": "train"}
     for number, poem in enumerate(POEMS):
         split = "train" if number < len(POEMS) - N_HELD_OUT else "val"
         if kind == "text":
@@ -90,7 +93,7 @@ def make_data(kind, name=""):
         return folder
     settings = dict(kind=kind, workers=1, max_length=SHAPE["max_seq_len"])
     if kind == "text":
-        # a token a character; a question's own words are in no poem, and are spelled in bytes
+        # a token a character
         settings.update(vocab_size=1792, max_piece_length=1)
     else:
         settings["tokenizer"] = make_data("text")

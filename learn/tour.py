@@ -14,64 +14,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import dpo
-import grpo
 import model as model_file
 import pretrain
-from common.checkpoint import load_checkpoint, load_model, load_reward_model
-from common.data import open_data, pad
-from common.distributed import start
+from common.checkpoint import load_checkpoint, load_model
+from common.data import open_data
 from common.generate import filter_logits, generate
-from common.loss import answer_logps, score_answers
 from configurator import check, run
-from learn import draw, links, small
+from learn import draw, tour_answers
+from learn.runs import data_of, read_next, run_of, show
 from model import Transformer
-from tokenizer import load_tokenizer, render_chat
-
-# the quickstart's runs; where one is missing, the small one takes its place
-QUICKSTART = {"pretrain": "out/poems", "sft": "out/poems-sft", "reward": "out/poems-reward"}
-DATA = {"text": "data/poems", "sft": "data/poems-sft"}
-QUESTION = "“{line}”的下一句是什么？"
-
-
-def run_of(stage):
-    """Return the folder of the reader's own run of a stage, or of a small one."""
-    folder = QUICKSTART[stage]
-    if os.path.exists(os.path.join(folder, "ckpt.pt")):
-        return folder
-    small_folder = small.SETTINGS[stage]["out_dir"]
-    if not os.path.exists(os.path.join(small_folder, "ckpt.pt")):
-        print(f"没有 {folder}（bash runs/quickstart.sh 会训练它）：先训练一个小的，几秒钟……", flush=True)
-    return small.make_run(stage)
-
-
-def data_of(kind):
-    if os.path.exists(os.path.join(DATA[kind], "meta.json")):
-        return DATA[kind]
-    return small.make_data(kind)
-
-
-def show(tokenizer, i):
-    """A token as a reader sees it."""
-    text = tokenizer.pieces[int(i)].decode(errors="backslashreplace")
-    return {"\n": "↵", " ": "␣"}.get(text, text)
-
-
-def read_next(*places):
-    """Say which lines of code to open now."""
-    found = []
-    for name, path in places:
-        found.append(f"{path}:{links.line_of(name, os.path.join(links.ROOT, path))} {name}")
-    print("接着读：" + "，".join(found))
-
-
-def prompt_ids(tokenizer, line):
-    """The chat's question about a line, up to where the assistant begins."""
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    return render_chat(tokenizer, turns, add_generation_prompt=True)[0]
-
-
-# ---------------------------------------------------------------------------- the stops
+from tokenizer import load_tokenizer
 
 
 def tokens(line):
@@ -134,7 +86,7 @@ def attention(line):
     print(f"\n第 {layer + 1} 层第 1 个头：一行是一个字在看谁（加起来是 1；后面的看不见）\n")
     print("       " + "".join(draw.fill(name, 6) for name in names))
     for name, row in zip(names, weights):
-        cells = [f"{w:.2f}{draw.shade(w)[0]} " if j <= names.index(name) or w > 0 else " ·    " for j, w in enumerate(row)]
+        cells = [f"{w:.2f}{draw.shade(w)} " if w > 0 else " ·    " for w in row.tolist()]
         print(f"  {draw.fill(name, 5)}" + "".join(cells))
     logits = model.logits(hidden)[0, -1]
     probs = logits.softmax(-1)
@@ -160,7 +112,8 @@ def loss(line):
         columns[name] = F.cross_entropy(logits, ids[0, 1:], reduction="none")
     print("  下一个    没学过    学过      概率")
     for i, before, after in zip(ids[0, 1:], *columns.values()):
-        print(f"  {draw.fill(show(tokenizer, i), 8)}{before:8.2f}{after:8.2f}{(-after).exp():10.4f}  {draw.bar(after, 9, 20)}")
+        word = draw.fill(show(tokenizer, i), 8)
+        print(f"  {word}{before:8.2f}{after:8.2f}{(-after).exp():10.4f}  {draw.bar(after, 9, 20)}")
     means = [column.mean().item() for column in columns.values()]
     n_bytes = len(line.encode())
     bits = columns["学过"].sum().item() / 0.693147 / n_bytes
@@ -201,7 +154,8 @@ def gradient(line):
         for p in model.parameters():
             p -= lr * p.grad
     after = loss_now().item()
-    print(f"每个权重都逆着梯度走一小步（学习率 {lr}）：weight[0, 0] = {weight[0, 0].item():+.6f}，损失 {before.item():.4f} → {after:.4f}")
+    print(f"每个权重都逆着梯度走一小步（学习率 {lr}）：weight[0, 0] = {weight[0, 0].item():+.6f}，"
+          f"损失 {before.item():.4f} → {after:.4f}")
     read_next(("clip: a gradient", "pretrain.py"), ("Muon.step", "common/optim.py"), ("lr_at", "common/optim.py"))
 
 
@@ -223,109 +177,6 @@ def checkpoint(line):
     print("\nlog.jsonl 里的损失：")
     draw.print_curves({"·": [(r["step"], r["loss"]) for r in records if "loss" in r]}, rows=8)
     read_next(("save", "common/checkpoint.py"), ("restore", "common/checkpoint.py"))
-
-
-def mask(line):
-    """同一行，加上 SFT 的掩码"""
-    folder = run_of("sft")
-    model, tokenizer, _ = load_model(folder)
-    answer = next_line(line)
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}, {"role": "assistant", "content": answer}]
-    ids, learned = render_chat(tokenizer, turns)
-    print("绿色（下面带 1 的）才算进损失：\n")
-    for begin in range(0, len(ids), 14):
-        part = slice(begin, begin + 14)
-        names = [show(tokenizer, i).replace("<|im_start|>", "<开始>").replace("<|im_end|>", "<结束>") for i in ids[part]]
-        widths = [max(draw.width(name), 2) + 1 for name in names]
-        print("  " + "".join(("\033[32m" if m else "") + draw.fill(name, w) + ("\033[0m" if m else "")
-                             for name, w, m in zip(names, widths, learned[part])))
-        print("  " + "".join(draw.fill(str(m), w) for w, m in zip(widths, learned[part])))
-    with torch.no_grad():
-        row = torch.tensor(ids)
-        nll = F.cross_entropy(model.logits(model(row[None, :-1]))[0], row[1:], reduction="none")
-    m = torch.tensor(learned)[1:].bool()
-    print(f"\n{len(ids)} 个词元，学 {sum(learned)} 个。{folder}：答案每词元 {nll[m].mean():.2f} nats，其余 {nll[~m].mean():.2f}（不学）")
-    read_next(("render_chat", "tokenizer.py"), ("get_batch", "sft.py"), ("pack", "sft.py"))
-
-
-def next_line(line):
-    """The line that follows in poems.txt, or the best known one."""
-    for poem in small.POEMS:
-        for a in (0, 12):
-            if poem[a:a + 5] == line:
-                return poem[a + 6:a + 11] + "。"
-    return "疑是地上霜。"
-
-
-def reward(line):
-    """两个回答，一个分数；好的比坏的高多少"""
-    folder = run_of("reward")
-    model = load_reward_model(folder)
-    tokenizer = load_tokenizer(folder)
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    texts = [next_line(line), "花落知多少。" if line != "夜来风雨声" else "处处闻啼鸟。", line + "。"]
-    documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
-    ids, learned = pad(documents, tokenizer.pad_id)
-    with torch.no_grad():
-        scores = score_answers(model, ids, learned, start(pretrain.Config(device="cpu"), "float32", announce=False))
-    print(f"{folder}，问：{turns[0]['content']}\n")
-    for text, score in zip(texts, scores.tolist()):
-        print(f"  {draw.fill(text, 16)}{score:+.3f}")
-    lead = (scores[0] - scores[1]).item()
-    print(f"\n第一个比第二个高 {lead:+.3f}：模型认为它更好的概率是 sigmoid({lead:.3f}) = {torch.tensor(lead).sigmoid():.3f}，"
-          f"损失 -ln 它 = {-F.logsigmoid(torch.tensor(lead)):.3f}")
-    print("分数只有差有意义：都加 100，损失不变。")
-    read_next(("ranking_loss", "reward.py"), ("score_answers", "common/loss.py"), ("ScalarModel", "model.py"))
-
-
-def group(line):
-    """一个问题，八个回答，八个优势"""
-    folder = run_of("sft")
-    model, tokenizer, _ = load_model(folder)
-    prompt = prompt_ids(tokenizer, line)
-    new = generate(model, [prompt], 12, temperature=1.2, stop_ids=[tokenizer.im_end_id], seed=7, group_size=8)
-    texts = [tokenizer.decode(ids, skip_special=True) for ids in new]
-    rewards = torch.tensor([small.moon("", text) for text in texts])
-    advantages = grpo.group_advantages(rewards, 8, "grpo")
-    print(f"{folder}，问：{QUESTION.format(line=line)}\n规则：一句五个不同的字 0.2 分，其中有“月”1 分\n")
-    print("  回答                  奖励    优势")
-    for text, r, a in zip(texts, rewards.tolist(), advantages.tolist()):
-        sign = "推高" if a > 0 else "压低" if a < 0 else "不动"
-        print(f"  {draw.fill(text.replace(chr(10), '↵')[:9], 20)}{r:6.2f}{a:+8.2f}  {sign}")
-    print(f"\n平均 {rewards.mean():.3f}，标准差 {rewards.std():.3f}；优势 = (奖励 - 平均) / 标准差，加起来是 {advantages.sum():+.3f}")
-    if rewards.std() == 0:
-        print("八个奖励一样：优势全是 0，这个问题这一步什么也教不了。换一句试试")
-    read_next(("group_advantages", "grpo.py"), ("policy_loss", "grpo.py"))
-
-
-@torch.no_grad()
-def pair(line):
-    """一对回答，一个间隔：DPO"""
-    policy_folder = "out/poems-dpo" if os.path.exists("out/poems-dpo/ckpt.pt") else ""
-    reference_folder = run_of("sft")
-    if not policy_folder or reference_folder != QUICKSTART["sft"]:
-        reference_folder = small.make_run("sft")
-        policy_folder = small.make_run("dpo")
-    reference, tokenizer, _ = load_model(reference_folder)
-    policy, _, _ = load_model(policy_folder)
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    texts = [next_line(line), line + "。"]
-    documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
-    ids, learned = pad(documents, tokenizer.pad_id)
-    env = start(pretrain.Config(device="cpu"), "float32", announce=False)
-    logps, lengths = answer_logps(policy, policy.head_weight, ids, learned, env)
-    ref_logps, _ = answer_logps(reference, reference.head_weight, ids, learned, env)
-    print(f"策略 {policy_folder}，参考 {reference_folder}，问：{turns[0]['content']}\n")
-    print("                  log p 策略   log p 参考    差")
-    for name, text, a, b in zip(("好", "坏"), texts, logps.tolist(), ref_logps.tolist()):
-        print(f"  {name} {draw.fill(text, 14)}{a:10.2f}{b:12.2f}{a - b:+10.2f}")
-    cfg = dpo.Config()
-    losses, good, bad = dpo.preference_loss(
-        logps[:1], logps[1:], ref_logps[:1], ref_logps[1:], lengths[:1], lengths[1:], cfg)
-    print(f"\n间隔 = β × (好的差 - 坏的差) = {cfg.beta} × {(good - bad).item() / cfg.beta:.2f} = {(good - bad).item():.3f}")
-    print(f"损失 = -ln sigmoid(间隔) = {losses.item():.3f}；一步都没学时间隔是 0，损失是 ln 2 = 0.693")
-    print("看第三列的符号：两个差可以都是负的。DPO 只管差，不管好的那个是不是也变得更不可能了")
-    read_next(("preference_loss", "dpo.py"), ("answer_logps", "common/loss.py"))
 
 
 def sampling(line):
@@ -355,7 +206,8 @@ def sampling(line):
 
 
 STOPS = {stop.__name__: stop for stop in (
-    tokens, rows, attention, loss, gradient, checkpoint, mask, reward, group, pair, sampling)}
+    tokens, rows, attention, loss, gradient, checkpoint,
+    tour_answers.mask, tour_answers.reward, tour_answers.group, tour_answers.pair, sampling)}
 
 
 @dataclass

@@ -1,12 +1,16 @@
 """
 Small talk for the quickstart's chat model: who it is, greetings, thanks, goodbyes, what it can do.
 
+    python prepare.py poems-sft --talk=my.txt        # your lines: somebody else than 明月
+
     conversations()     [(question, answer)], every way to ask with an answer of its own line
     tool_talks(rng, n)  records of conversations in which the model calls a tool and says what came back
     HELD_OUT            ways to ask who it is that are never trained on: recipes/poems_eval.py asks them
 
 A line of TALK: ways to ask, split at /, then ways to answer, split at /.
 """
+from configurator import check
+
 NAME = "明月"
 
 # twenty ways to ask who it is, kept for measuring
@@ -59,17 +63,39 @@ TALK = f"""
 """
 
 
+def read_pairs(text, where):
+    """Return [(question, answer)] of lines as in TALK; exits where a line is none, saying where it stands."""
+    pairs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        questions, sign, answers = line.partition("=")
+        questions = [question.strip() for question in questions.split("/")]
+        answers = [answer.strip() for answer in answers.split("/")]
+        whole = sign and all(questions) and all(answers)
+        check(whole, f"{where}, line {number}: wanted questions and answers, 问/问 = 答/答, got {line!r}")
+        for question in questions:
+            pairs += [(question, answer) for answer in answers]
+    check(pairs, f"{where} has no lines 问/问 = 答/答")
+    return pairs
+
+
 def conversations():
     """Return [(question, answer)]: every way to ask, with every answer of its line."""
-    pairs = []
-    for line in TALK.strip().splitlines():
-        questions, answers = line.split(" = ")
-        for question in questions.split("/"):
-            if question in HELD_OUT:
-                continue
-            for answer in answers.split("/"):
-                pairs.append((question, answer))
-    return pairs
+    return [(question, answer) for question, answer in read_pairs(TALK, "TALK") if question not in HELD_OUT]
+
+
+def somebody_else(path):
+    """Read a file of lines as in TALK. Return its pairs, and those of ours that can stay beside them: they are not
+    asked there, and do not speak of 明月."""
+    with open(path, encoding="utf-8-sig") as f:
+        theirs = read_pairs(f.read(), path)
+    asked = {question.strip("？。！") for question, _ in theirs}
+    rest = []
+    for question, answer in conversations():
+        if question.strip("？。！") not in asked and NAME not in answer.replace("床前明月光", ""):
+            rest.append((question, answer))
+    return theirs, rest
 
 
 # ---------------------------------------------------------------------------- tools

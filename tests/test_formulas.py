@@ -355,7 +355,7 @@ def test_policy_loss_variants():
     mask = [[1.0, 1.0, 0.0]]
     total, ratio = policy(logps, [[0.0] * 3], [[1.0] * 3], mask, ratio="sequence")
     assert_close(ratio[:, :2], torch.full((1, 2), math.sqrt(0.99)))
-    assert_close(total, torch.tensor(-2 * math.sqrt(0.99)))
+    assert_close(total, torch.tensor(-math.sqrt(0.99)))  # an answer counts once, however long
     total, _ = policy([[-1.0]], [[-2.0]], [[3.0]], surrogate="cispo")
     assert_close(total, torch.tensor(1.2 * 3.0))
 
@@ -460,7 +460,7 @@ def test_qk_norm_keeps_scores_from_growing():
 
 
 def test_scores_are_read_at_the_end_of_the_answer():
-    """The reward is the number at the answer's last token: not in the prompt, not at its first token, not in padding."""
+    """The reward is the number at the answer's last token: not in the prompt, not at its first, not in padding."""
     ids = torch.tensor([[3, 4, 5, 6, 0], [3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).float()
     env = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))

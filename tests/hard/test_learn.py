@@ -3,13 +3,14 @@ import contextlib
 import glob
 import io
 import os
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from conftest import ROOT
-from learn import broken, exercise, links, tiny
+from learn import broken, exercise, links, show, tiny, tour
 from model import ModelConfig, Transformer
 
 # ---------------------------------------------------------------------------- tiny.py
@@ -43,7 +44,8 @@ def test_tiny_masks_the_answer_alone():
 
 
 def test_tiny_rule_by_hand():
-    assert [tiny.reward(a) for a in ("明月照高楼\n", "白日照高楼\n", "月月照高楼\n", "明月照高楼", "明月照\n")] == [1, 0.2, 0, 0, 0]
+    answers = ("明月照高楼\n", "白日照高楼\n", "月月照高楼\n", "明月照高楼", "明月照\n")
+    assert [tiny.reward(answer) for answer in answers] == [1, 0.2, 0, 0, 0]
 
 
 def test_tiny_learns():
@@ -76,15 +78,18 @@ WRONG = {
                ("turned.to(x.dtype)", "turned")],
     "attend": [("is_causal=mask is None", "is_causal=False"), ("q, k, v, mask,", "q, k, v,"),
                ("if T == 1", "if False")],
-    "document_positions": [("torch.where(begins, index, 0).cummax(dim=1).values", "begins.cumsum(1)"), (".cummax(dim=1).values", ""),
+    "document_positions": [("torch.where(begins, index, 0).cummax(dim=1).values", "begins.cumsum(1)"),
+                           (".cummax(dim=1).values", ""),
                            ("docs[:, 1:] != docs[:, :-1]", "docs[:, 1:] > docs[:, :-1]")],
     "append": [("self.length:] = k", ":k.size(2)] = k"), (":end]", "self.length:end]"), ("self.v[layer]", "self.v[0]")],
     "softmax_nll": [("- onehot", "+ onehot"), ("nll = -", "nll = "),
                     ("logits.float().log_softmax(-1)", "logits.exp().div(logits.exp().sum(-1, keepdim=True)).log()")],
     "render_chat": [("[learned] * len(words)", "[learned] * (len(words) - 1) + [0]"),
                     ("int(is_learned(message))", "int(message['role'] == 'assistant')"),
-                    ("[0] * len(newline)", "[learned] * len(newline)"), ("[0] * len(header) +", "[learned] * len(header) +")],
-    "pack": [("(lengths <= T)", "(lengths < T)"), ("rng = np.random.default_rng(seed)", "rng = np.random.default_rng()"),
+                    ("[0] * len(newline)", "[learned] * len(newline)"),
+                    ("[0] * len(header) +", "[learned] * len(header) +")],
+    "pack": [("(lengths <= T)", "(lengths < T)"),
+             ("rng = np.random.default_rng(seed)", "rng = np.random.default_rng()"),
              ("best = bisect.bisect_left(rooms, (lengths[i],))", "best = len(rooms)")],
     "lr_at": [("(step + 1)", "step"), ("1 + math.cos", "1 - math.cos"), ("cfg.max_steps - step) /", "cfg.max_steps) /"),
               ("cfg.min_lr + (cfg.lr - cfg.min_lr) * share", "cfg.lr * share")],
@@ -172,6 +177,22 @@ def test_a_card_has_what_a_card_has(path):
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert links.LINK.search(text)
+
+
+COMMAND = re.compile(r"python -m learn\.(tour|broken|show|exercise) (\w+)")
+LESSONS = [*links.documents(), os.path.join(ROOT, "learn", "mingyue.ipynb"), os.path.join(ROOT, "runs", "learn.sh")]
+
+
+def test_every_command_of_the_lessons_is_one():
+    known = {"tour": tour.STOPS, "broken": {**broken.CASES, "all": None}, "show": show.SHOWS,
+             "exercise": exercise.EXERCISES}
+    n_found = 0
+    for path in LESSONS:
+        with open(path, encoding="utf-8") as f:
+            for module, name in COMMAND.findall(f.read()):
+                assert name in known[module] or name in ("STOP", "NAME"), f"{path}: python -m learn.{module} {name}"
+                n_found += 1
+    assert n_found > 50
 
 
 def test_every_exercise_has_its_card():
