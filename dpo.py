@@ -44,9 +44,10 @@ class Config:
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
     # loss
     loss: Literal["dpo", "cdpo", "ipo", "simpo", "orpo"] = "dpo"  # the last two need no reference
-    beta: Positive = 0.1           # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda)
+    beta: NonNegative = 0.0        # strength of the pull to the reference (ipo: tau; simpo: scale; orpo: lambda);
+                                   # 0: 0.1, with simpo 2.5
     label_smoothing: Share = 0.1   # cdpo: share of pairs taken to be the wrong way round
-    simpo_gamma: NonNegative = 0.5  # simpo: lead that the better answer must have
+    simpo_gamma: NonNegative = 1.4  # simpo: beta times the lead, in nats per token, that the better answer must have
     nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss per token (RPO, arXiv 2404.19733)
     # conversations mixed in, so that preferences do not cost the chat
     ptx_dir: str = ""              # data of kind sft or text; several folders, with commas between, take turns
@@ -76,10 +77,10 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds
 NEEDS = {
-    "label_smoothing": "loss=cdpo",
-    "simpo_gamma": "loss=simpo",
+    "label_smoothing": "loss == 'cdpo'",
+    "simpo_gamma": "loss == 'simpo'",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef",
     "lora_alpha": "lora_rank",
@@ -204,6 +205,7 @@ def main(cfg):
     # one process per GPU, each with its share of a step's micro-steps
     env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
+    cfg.beta = cfg.beta or (2.5 if cfg.loss == "simpo" else 0.1)
 
     # ------------------------------------------------------------------------ models
     model, tokenizer, base = load_model(cfg.init_from, env.device)

@@ -18,7 +18,8 @@ What differs from the papers:
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
  3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
  4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3);
- 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens.
+ 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens, those
+    with --ratio=sequence over answers (GSPO).
 """
 import math
 import time
@@ -36,9 +37,9 @@ from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
-from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, step_prompts, summary
-from common.rollout import teacher_scorer
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
+from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts
+from common.rollout import summary, teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -71,13 +72,15 @@ class Config:
     # batch: grad_accum * batch_size prompts a step, each answered group_size times
     batch_size: Count = 16                  # prompts in a micro-step
     grad_accum: Count = 1                   # micro-steps in a step, all processes together
-    max_new_tokens: Count = 96
+    max_new_tokens: Count = 96              # of a turn
+    environment: str = ""                   # FILE.py:FUNCTION(text) -> what a turn that calls a tool is told, or None
+    turns: Count = 4                        # the model's, at most, with an environment
     temperature: Positive = 1.0
     # update
     max_steps: Count = 100
     ppo_epochs: Count = 1                   # passes over a step's answers
     minibatches: Count = 1                  # optimizer steps in a pass
-    clip: Positive = 0.2                    # ratios stay within 1 ± clip
+    clip: NonNegative = 0.0                 # ratios stay within 1 ± clip; 0: 0.2, of whole answers 3e-4 (GSPO)
     clip_high: NonNegative = 0.0            # upper end of the ratio, 1 + clip_high (DAPO); 0: as clip
     ratio: Literal["token", "sequence"] = "token"  # of each token, or one of the whole answer (GSPO)
     surrogate: Literal["ppo", "cispo"] = "ppo"
@@ -99,8 +102,13 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
+    "turns": "environment",
+    "clip": "ppo_epochs * minibatches > 1",
+    "clip_high": "ppo_epochs * minibatches > 1",
+    "ratio": "ppo_epochs * minibatches > 1",
+    "surrogate": "ppo_epochs * minibatches > 1",
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
     "ptx_dir": "ptx_coef",
@@ -130,13 +138,16 @@ def group_advantages(totals, group_size, kind):
 
 
 def policy_loss(logps, old_logps, advantages, mask, cfg):
-    """Clipped surrogate (PPO, eq. 7) and its variants, summed over answer tokens; return (loss, ratio (B, T))."""
+    """Clipped surrogate (PPO, eq. 7) and its variants, summed over answer tokens, with ratio="sequence" over answers;
+    return (loss, ratio (B, T))."""
     log_ratio = (logps - old_logps) * mask
+    weights = mask
     if cfg.ratio == "sequence":
         # GSPO (arXiv 2507.18071, eq. 7): the answer's ratio is the geometric mean of its tokens'
         length = mask.sum(1, keepdim=True).clamp(min=1)
         mean = log_ratio.sum(1, keepdim=True) / length
         log_ratio = mean * mask
+        weights = mask / length  # each answer counts once
     ratio = log_ratio.exp()
     low = 1 - cfg.clip
     high = 1 + (cfg.clip_high or cfg.clip)
@@ -148,7 +159,7 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
         plain = -advantages * ratio
         clipped = -advantages * ratio.clamp(low, high)
         loss = torch.max(plain, clipped)
-    return (loss * mask).sum(), ratio
+    return (loss * weights).sum(), ratio
 
 
 def main(cfg):
@@ -162,6 +173,7 @@ def main(cfg):
     check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
           f"{len(judges)}: {', '.join(judges)}")
     check_minibatches(cfg.minibatches, cfg.batch_size * G)
+    cfg.clip = cfg.clip or {"token": 0.2, "sequence": 3e-4}[cfg.ratio]
 
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
@@ -172,7 +184,7 @@ def main(cfg):
         check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
               f"{cfg.init_from}: their probabilities cannot be compared")
     if cfg.lora_rank:
-        start_lora(model, cfg, base["model"])
+        start_lora(model, cfg, base["model"], tokenizer)
         if not cfg.teacher:
             reference = WithoutAdapters(model)
     del base
@@ -184,6 +196,7 @@ def main(cfg):
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
+    environment = load_function(cfg.environment) if cfg.environment else None
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
     net = model
     if env.world > 1:
@@ -191,7 +204,8 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, min(model.config.max_seq_len, reference.config.max_seq_len))
+    window = min(model.config.max_seq_len, reference.config.max_seq_len)
+    check_prompts((train, val), cfg, window, model.trained_len, env)
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, model.config.max_seq_len, env)
 
@@ -206,7 +220,7 @@ def main(cfg):
     trim_log(cfg, env, step)
     if step == 0:
         # where it starts from, to compare with
-        log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+        log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
@@ -218,22 +232,25 @@ def main(cfg):
         # (1) answer every prompt G times: each process the prompts of its micro-steps
         documents = []
         for prompts, seed in step_prompts(train, G, cfg, step, micro):
-            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env)
+            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env, environment)
         generated = time.perf_counter()
 
         # (2) score the answers, and keep the log-probs of the policy before its update, and of the reference
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
+        if must_stop(batch, env):
+            break
+        if step == 0:
+            score_scale(batch, cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(model, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
-        if must_stop(batch, env):
-            break
         record = summary(batch, env)
         scored = time.perf_counter()
 
         # (3) advantages: an answer is as good as its lead over the other answers to its prompt
         # an answer that was cut is worth less than its score, or the model would learn never to end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
+        earned = scores
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
         if cfg.teacher:
@@ -245,8 +262,13 @@ def main(cfg):
             batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
         if cfg.skip_flat_groups:
             # nothing can be learned where all answers are worth the same: such tokens do not count in the means
-            flat = scores.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
+            flat = earned.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
             batch["mask"] = mask * (~flat).float().repeat_interleave(G)[:, None]
+
+        # how much a token counts: all the same, with GSPO all answers the same
+        batch["weights"] = batch["mask"]
+        if cfg.ratio == "sequence":
+            batch["weights"] = batch["mask"] / mask.sum(1, keepdim=True).clamp(min=1)
 
         # (4) update, once or a few times: the ratio corrects for the policy having moved since it answered, the clip
         # limits how far
@@ -256,9 +278,9 @@ def main(cfg):
             epoch, minibatch = divmod(update, cfg.minibatches)
             rows = minibatch_rows(cfg, cfg.batch_size * G, step, epoch, minibatch, micro).to(env.device)
             # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
-            n_tokens, n_rows = all_sum([batch["mask"][rows].sum(), len(rows)], env)
+            n_tokens, n_rows = all_sum([batch["weights"][rows].sum(), len(rows)], env)
             weight = env.world / max(n_tokens, 1.0)
-            if cfg.advantage == "dr_grpo":
+            if cfg.advantage == "dr_grpo" and cfg.ratio == "token":
                 # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
                 weight = env.world / (n_rows * cfg.max_new_tokens)
 
@@ -282,7 +304,7 @@ def main(cfg):
                     hidden = net(b["ids"])                                         # (rows, T, C)
                     logps = token_logps(hidden, model.head_weight, b["targets"], b["mask"], cfg.temperature)
                 loss, ratio = policy_loss(logps, b["logps"], b["advantages"], b["mask"], cfg)
-                kl = (k3(logps, b["ref_logps"]) * b["mask"]).sum()
+                kl = (k3(logps, b["ref_logps"]) * b["weights"]).sum()
                 if cfg.advantage == "rloo":
                     kl = kl.detach()  # it is part of the reward already
                 ((loss + cfg.kl_coef * kl) * weight).backward()
@@ -290,7 +312,7 @@ def main(cfg):
                 outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
                 stats["policy_loss"] += loss.item() * weight
                 stats["loss_kl"] += kl.item() * weight
-                stats["clip_share"] += (outside * b["mask"]).sum().item() * weight
+                stats["clip_share"] += (outside * b["weights"]).sum().item() * weight
                 if update == 0:
                     # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
                     off = (ratio.detach() - 1).abs() * b["mask"]
@@ -313,7 +335,7 @@ def main(cfg):
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers
-            record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+            record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
         log(cfg, env, step, record)
         if measure:
             save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)

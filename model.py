@@ -78,9 +78,10 @@ def rope_table(config):
     """Return cos and sin of every position's angles, each (max_seq_len, D/2): position * theta^(-2i/D)
     (RoFormer, eq. 15)."""
     # like the hands of a clock: pair 0 turns by 1 radian a token, later pairs slower, the last by about 1 / theta
-    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim       # (D/2)
+    exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim     # (D/2)
     frequency = config.rope_theta ** -exponent
-    angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency)       # (max_seq_len, D/2)
+    positions = torch.arange(config.max_seq_len, device="cpu").float()
+    angle = torch.outer(positions, frequency)                                      # (max_seq_len, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -109,7 +110,7 @@ def positions_and_mask(ids, docs=None, cache=None):
     A mask of None is the plain causal one."""
     T = ids.size(1)
     if cache is not None:
-        if cache.length:
+        if cache.filled:
             # decoding: one new token a row sees all keys before it, except the padding on its left
             positions = (cache.length - cache.pad).unsqueeze(1)                    # (B, 1)
             mask = None
@@ -140,6 +141,10 @@ class KVCache:
         self.pad = pad
         self.ragged = bool(pad.any())
         self.length = 0
+
+    @property
+    def filled(self):
+        return self.length > 0
 
     def append(self, layer, k, v):
         """Write k, v (B, K, T, D) behind what is there and return all of it. The model moves `length` on."""
@@ -249,7 +254,7 @@ class FeedForward(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         # each token by itself: what attention has gathered is looked up in the weights, where a model keeps its facts
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                # (..., hidden_dim) each
         return self.down(F.silu(gate) * up)
@@ -268,10 +273,10 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.dim, config.hidden_dim)
 
-    def forward(self, x, cos, sin, mask=None, append=None):
+    def forward(self, x, cos, sin, mask=None, append=None, real=None):
         # the plain "x +" leaves gradients a straight way down to the first layer, however deep the model is
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, append)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), real)
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -283,6 +288,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
+        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; unknown: as many as it sees
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -290,20 +297,30 @@ class Transformer(nn.Module):
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # buffers follow the model to its device; these two are not saved, as they can be computed again
+        # buffers follow the model to its device; these two are not saved, as they can be computed again. They are made
+        # on the CPU also when the rest is made on the meta device, that is, without memory (sharding.py)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for name, p in self.named_parameters():
-            # norm weights stay 1; matmuls that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is
-            # the sum of 2 n_layers of them
-            std = 0.02
-            if "attn.out" in name or "down" in name:
-                std /= math.sqrt(2 * config.n_layers)
+        if not self.embed.weight.is_meta:
+            with torch.no_grad():
+                for name, values in self.initial_weights():
+                    self.get_parameter(name).copy_(values)
+
+    def initial_weights(self):
+        """Yield (name, values) of every parameter. Each is drawn from a generator of its own, so that processes which
+        keep a shard of it, and have never seen the whole model, begin with the same numbers."""
+        for number, (name, p) in enumerate(self.named_parameters()):
+            values = torch.ones(p.shape)  # norm weights stay 1
             if name.endswith("bias"):
-                nn.init.zeros_(p)
+                values.zero_()
             elif p.dim() > 1:
-                nn.init.normal_(p, std=std)
+                # matmuls that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is the sum of
+                # 2 n_layers of them
+                into_stream = "attn.out" in name or "down" in name
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_stream else 0.02
+                values.normal_(std=std, generator=torch.Generator().manual_seed(self.seed + number))
+            yield name, values
 
     def forward(self, ids, docs=None, cache=None):
         """ids (B, T) -> hidden states (B, T, C), normed.
@@ -313,11 +330,12 @@ class Transformer(nn.Module):
         cache: a KVCache to read and extend; the first call fills it with the prompts, later calls bring one token each.
         """
         T = ids.size(1)
-        assert cache is None or not cache.length or T == 1, f"a filled cache takes one token at a time, got {T}"
+        assert cache is None or not cache.filled or T == 1, f"a filled cache takes one token at a time, got {T}"
         # the same for all layers: where the tokens stand, and which of them each may see
         positions, mask = positions_and_mask(ids, docs, cache)
         cos = self.cos[positions].unsqueeze(-2)                                    # ([B,] T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
+        real = None if docs is None else docs > 0  # document 0 is padding
         # the residual stream: C numbers a token, to which every layer adds what it finds
         x = self.embed(ids)                                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -326,9 +344,9 @@ class Transformer(nn.Module):
                 append = functools.partial(cache.append, layer)
                 x = block.forward(x, cos, sin, mask, append)
             elif self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, None, real, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask)
+                x = block(x, cos, sin, mask, None, real)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -395,10 +413,11 @@ class MoE(nn.Module):
         self.shared = None
         if config.n_shared_experts:
             self.shared = FeedForward(config.dim, W * config.n_shared_experts)
-        self.register_buffer("bias", torch.zeros(E))
-        self.register_buffer("load", torch.zeros(E), persistent=False)  # tokens an expert got since the last update
+        self.register_buffer("bias", torch.zeros(E, device="cpu"))
+        # tokens an expert got since the last update
+        self.register_buffer("load", torch.zeros(E, device="cpu"), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         shape = x.shape
         x = x.reshape(-1, shape[-1])                                               # (N, C)
         # route: k experts a token. In fp32, so that near-ties do not depend on how bf16 rounds
@@ -415,9 +434,13 @@ class MoE(nn.Module):
         expert = chosen.view(-1)
         order = expert.argsort(stable=True)
         experts = torch.arange(len(self.bias), device=x.device)
-        count = (expert[:, None] == experts).sum(0)                                # (E)
+        is_sent = expert[:, None] == experts                                       # (N*k, E)
+        count = is_sent.sum(0)                                                     # (E)
         if torch.is_grad_enabled():
-            self.load += count
+            # the load to keep even is that of real tokens; padding, all alike, would fill an expert of its own
+            if real is not None:
+                is_sent = is_sent & real.reshape(-1, 1).repeat_interleave(self.k, dim=0)
+            self.load += is_sent.sum(0)
         # one grouped matmul for all experts: block i of the rows times matrix i
         block_ends = count.cumsum(0).to(torch.int32)
         dtype = matmul_dtype(x)

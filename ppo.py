@@ -34,8 +34,8 @@ from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
-from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, step_prompts, summary
-from configurator import Count, NonNegative, Positive, Share, Whole, run
+from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts, summary
+from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
 # a run can only be resumed with the same values of these, and of batch_size * grad_accum, on the same model
@@ -89,8 +89,12 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds: ratios differ from 1, and values from what they were, from the second
+# update on
 NEEDS = {
+    "clip": "ppo_epochs * minibatches > 1",
+    "value_clip": "ppo_epochs * minibatches > 1",
+    "target_kl": "ppo_epochs * minibatches > 1",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -212,7 +216,10 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
-    check_prompts((train, val), cfg, min(actor.config.max_seq_len, critic.config.max_seq_len))
+    window = min(actor.config.max_seq_len, critic.config.max_seq_len)
+    check_prompts((train, val), cfg, window, actor.trained_len, env)
+    check(cfg.critic_warmup < cfg.max_steps, f"critic_warmup={cfg.critic_warmup} of max_steps={cfg.max_steps}: the actor "
+          "would never learn")
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, actor.config.max_seq_len, env)
 
@@ -251,12 +258,18 @@ def main(cfg):
         # (2) score the answers, (3) log-probs of actor and reference, values of the critic: all of it before the first
         # update, for afterwards the actor is another
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
+        if must_stop(batch, env):
+            break
+        if step == 0:
+            mean, deviation = score_scale(batch, cfg, env)
+            if cfg.reward:
+                # the critic comes from a reward model; in the units of the rule it would have to learn far too long
+                critic.head.weight.data *= deviation
+                critic.head.bias.data.fill_(mean)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(actor, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
         batch["values"] = all_values(critic, batch, cfg, env)                      # (B, T)
-        if must_stop(batch, env):
-            break
         record = summary(batch, env)
         scored = time.perf_counter()
 

@@ -14,8 +14,8 @@ in:  plain UTF-8, read here: .txt with a blank line between documents, or .jsonl
      everything else that people have: readers/ (other formats, encodings and fields, damaged files)
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
-Two passes. The first reads and cleans all documents into one temporary file, and keeps 18 bytes of each in memory: its
-hash, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand side by side, and
+Two passes. The first reads and cleans all documents into one temporary file, and keeps 26 bytes of each in memory: its
+hash, its question's, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand side by side, and
 the end is held out for validation (common/documents.py). The second pass tokenizes them in that order on all cores. So
 memory does not grow with the text, and neither the order of the files nor the number of workers changes the result.
 """
@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 from typing import Literal
 
@@ -43,7 +42,7 @@ from tokenizer import load_tokenizer, train_tokenizer
 class Config:
     name: str = ""  # the folder data/<name> to write; without --input, the recipe of that name
     # input
-    input: str = ""  # a file, or a folder that is searched for files
+    input: str = ""  # files, folders (searched for files) and patterns, commas between them; *.bin: token ids
     kind: Literal["text", "sft", "pairs", "prompts"] = "text"  # sft: conversations; pairs: ranked answers; prompts: PPO
     fields: str = ""  # our names for fields of the records: "text:story" or "question:ask,answer:reply"
     txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
@@ -51,6 +50,7 @@ class Config:
     poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
     talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which make it somebody else than 明月
     # cleaning
+    markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text, as <|im_end|>: keep their letters
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped
     max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
     near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (readers/near_duplicates.py)
@@ -71,7 +71,7 @@ DATA = "data"
 LONG = 1_000_000  # characters: a longer text is not read at once
 PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}
 # What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
-ODD = re.compile(CONTROLS.pattern + "|<\\||</?s>|^\\s*[\\[{]|^version https|"
+ODD = re.compile(CONTROLS.pattern + "|<|\\[[/gsA-Z]|{{|^\\s*[\\[{]|^version https|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
 COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 
@@ -87,8 +87,9 @@ def read_plain(path):
                 if line.strip():
                     yield json.loads(line)
             return
-        if "<|endoftext|>" in f.read(LONG):
-            raise ValueError("a text that says itself where documents end")
+        head = f.read(LONG)
+        if "\n\n" not in head or "<|endoftext|>" in head:
+            raise ValueError("no blank lines are the ends of its documents")
         f.seek(0)
         lines = iter(lambda: f.readline(LONG), "")
         for is_blank, block in itertools.groupby(lines, str.isspace):
@@ -153,7 +154,8 @@ def read_file(path, cfg, counts):
 
 
 def read_documents(files, cfg, counts):
-    """Yield (document as bytes, split it asks for, how often to train on it). What is no text is written as JSON."""
+    """Yield (document as bytes, its question, split it asks for, how often to train on it). What is no text is written
+    as JSON."""
     seen = None
     if cfg.near_duplicates:
         from readers.near_duplicates import Seen
@@ -164,9 +166,14 @@ def read_documents(files, cfg, counts):
                 counts["dropped", "too short"] += 1
             elif seen and seen.before(content):
                 counts["dropped", "near duplicate"] += 1
+            elif cfg.kind == "text":
+                yield content.encode(), content.encode(), own_split or split, times
             else:
-                document = content if cfg.kind == "text" else json.dumps(content, ensure_ascii=False)
-                yield document.encode(), own_split or split, times
+                # what answers one question is not to be divided among training and validation
+                turns = content["prompt"] if cfg.kind == "pairs" else content
+                question = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+                document = json.dumps(content, ensure_ascii=False)
+                yield document.encode(), question.encode(), own_split or split, times
 
 
 def read_all(files, cfg, counts, folder):
@@ -195,6 +202,9 @@ def read_all(files, cfg, counts, folder):
     n_unique = len(numbers["val"]) + int((numbers["train"] < len(table)).sum())  # above are those of --repeat
     counts["dropped", "duplicate"] = len(table) - n_unique
     counts["noticed", "repeated documents"] = len(numbers["val"]) + len(numbers["train"]) - n_unique
+    asked = table["question"]
+    trained_on = np.isin(asked[numbers["val"]], asked[numbers["train"] % len(table)])
+    counts["noticed", "held out, but with a question that is trained on"] = int(trained_on.sum())
     return numbers
 
 
@@ -234,32 +244,16 @@ def write_tokens(numbers, cfg, folder):
 
 
 def prepare(cfg):
-    """Write data/<name>: built beside it as data/<name>.tmp, renamed when whole. Returns the folder."""
+    """Write data/<name>, whole or not at all. Returns the folder."""
+    from readers.folder import new_folder
     check(re.fullmatch(r"[\w.-]*\w", cfg.name), f"the name {cfg.name!r} cannot be that of a folder in {DATA}/: use "
           "letters, digits, - and _")
     check(cfg.kind == "text" or cfg.tokenizer, f"--kind={cfg.kind} needs the tokenizer of the model it is for: "
           f"--tokenizer={DATA}/<its data>")
     folder = os.path.join(DATA, cfg.name)
-    clear_leftovers(folder)
-    try:
-        os.makedirs(folder + ".tmp")
-        build(cfg, folder + ".tmp")
-        if os.path.exists(folder):
-            os.rename(folder, folder + ".old")
-        os.rename(folder + ".tmp", folder)
-    finally:
-        clear_leftovers(folder)
+    with new_folder(folder) as unfinished:
+        build(cfg, unfinished)
     return folder
-
-
-def clear_leftovers(folder):
-    """Whatever moment a run was killed at, afterwards there is the old folder, or the new one, or none."""
-    if os.path.exists(folder + ".old") and not os.path.exists(folder):
-        os.rename(folder + ".old", folder)
-    for leftover in (folder + ".old", folder + ".tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    check(not os.path.exists(folder) or os.path.exists(os.path.join(folder, "meta.json")),
-          f"{folder} exists and was not made by prepare.py, so it is not replaced: choose another name")
 
 
 def build(cfg, folder):
@@ -271,31 +265,33 @@ def build(cfg, folder):
         files = find_files(cfg.input, cfg.repeat)
     counts = collections.Counter()  # what became of all records: "read", "kept", ("dropped", reason), …
     path = os.path.join(folder, "tokenizer.model")
-    if cfg.tokenizer:
-        tok = load_tokenizer(cfg.tokenizer)
+    tok = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    if tok:
         tok.save(path)
-        sample = "a\n\n  b"
-        if tok.decode(tok.encode(sample)) != sample:
-            print(f"note: --tokenizer={cfg.tokenizer} changes line breaks or spaces, {sample!r} to "
-                  f"{tok.decode(tok.encode(sample))!r}")
-
-    # first pass: all documents in one file, in which order, and the vocabulary
-    numbers = read_all(files, cfg, counts, folder)
-    if not cfg.tokenizer:
-        print("training the tokenizer", flush=True)
+    if files[0][0].endswith(".bin"):
+        # token ids already
+        from readers.token_files import write_token_files
+        totals = write_token_files([path for path, _, _ in files], cfg, tok, counts, folder)
+    else:
+        # first pass: all documents in one file, in which order, and the vocabulary
+        numbers = read_all(files, cfg, counts, folder)
         documents = Documents(folder)
-        texts = (documents[number] for number in numbers["train"])
-        train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
-
-    # second pass: tokens
-    totals = write_tokens(numbers, cfg, folder)
+        if tok:
+            from readers.round_trip import changes
+            counts.update(changes(tok, documents))
+        else:
+            print("training the tokenizer", flush=True)
+            texts = (documents[number] for number in numbers["train"])
+            train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
+        # second pass: tokens
+        totals = write_tokens(numbers, cfg, folder)
+        for leftover in ("documents", "documents.ends"):
+            os.remove(os.path.join(folder, leftover))
     for split in totals:
         counts.update(totals[split])
     check(totals["train"]["documents"], f"nothing to train on: of {counts['read']} records "
           f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
           f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
-    for leftover in ("documents", "documents.ends"):
-        os.remove(os.path.join(folder, leftover))
 
     # what there is to know about it
     from readers.report import fields_of, peak_memory
@@ -314,7 +310,7 @@ def build(cfg, folder):
     meta["config"] = dataclasses.asdict(cfg)
     meta["seconds"] = round(time.time() - began, 1)
     meta["memory"] = peak_memory()
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as f:
         json.dump(meta, f, ensure_ascii=False, indent=1)
 
 

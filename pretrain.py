@@ -24,10 +24,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_checkpoint, log, own, restore, save, trim_log
 from common.data import open_data
-from common.distributed import all_sum, can_compile, check_finite, micro_steps, shard_model, start
+from common.distributed import all_sum, can_compile, check_finite, micro_steps, start
 from common.loss import cross_entropy, text_loss
 from common.optim import lr_at, make_optimizers, set_lr
-from configurator import Count, Fraction, NonNegative, Positive, Whole, check, run
+from common.sharding import shard_model
+from configurator import Count, Fraction, NonNegative, Positive, Whole, changed, check, run
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -90,10 +91,10 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds
 NEEDS = {
-    "adam_lr": "optimizer=muon",
-    "momentum": "optimizer=muon",
+    "adam_lr": "optimizer == 'muon'",
+    "momentum": "optimizer == 'muon'",
     "n_active_experts": "n_experts",
     "n_shared_experts": "n_experts",
     "expert_hidden_dim": "n_experts",
@@ -152,8 +153,10 @@ def main(cfg):
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
+    train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
-    train, val, _ = open_data(cfg.data_dir, "text", tokenizer.fingerprint)
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that the "
+          "tokens beside it were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:
@@ -163,17 +166,25 @@ def main(cfg):
               f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
               "merge adapters with python -m tools.export --to=merged")
         config = ModelConfig(**base["model_config"])
-        model = Transformer(config)
-        model.load_state_dict(base["model"], strict=True)
-        del base
+        other = {key: value for key, value in changed(cfg).items() if base["model_config"].get(key, value) != value}
+        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
     else:
         config = model_config(cfg, tokenizer.vocab_size)
+    # on the meta device a model takes no memory: its weights come from a file, or from shard_model(), each process's part
+    meta = cfg.init_from or cfg.shard and env.world > 1
+    with torch.device("meta" if meta else "cpu"):
         model = Transformer(config)
+    trained_len = 0
+    if cfg.init_from:
+        model.load_state_dict(base["model"], strict=True, assign=True)
+        trained_len = base.get("trained_len") or config.max_seq_len
+        del base
     cfg.seq_len = cfg.seq_len or config.max_seq_len
     check(cfg.seq_len <= config.max_seq_len, f"seq_len={cfg.seq_len} is more than the model can see, max_seq_len="
           f"{config.max_seq_len}. Lower the first or raise the second")
     check(len(train.tokens) > cfg.seq_len, f"{cfg.data_dir} has {len(train.tokens):,} training tokens, fewer than one "
           f"row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
+    model.trained_len = max(trained_len, cfg.seq_len)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     compiled = cfg.compile and can_compile(env)
     if compiled:

@@ -28,10 +28,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
 from common.data import open_data
-from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, shard_model, start
+from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, start
 from common.lora import start_lora
 from common.loss import cross_entropy, distillation_loss
 from common.optim import lr_at, make_optimizers, set_lr
+from common.sharding import shard_model
 from configurator import Count, Fraction, NonNegative, Positive, Share, Whole, check, run
 from tokenizer import render_chat
 
@@ -59,7 +60,7 @@ class Config:
     batch_size: Count = 16         # rows in a micro-step
     grad_accum: Count = 1          # micro-steps in a step, all processes together
     # optimizer
-    epochs: Positive = 2.0         # passes over the data
+    epochs: NonNegative = 0.0      # passes over the data; 0: 2, or more where these would be fewer than 100 steps
     max_steps: Whole = 0           # 0: as many as the epochs take
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 3e-4
@@ -83,14 +84,15 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing without another one
+# settings that change nothing unless this holds
 NEEDS = {
+    "teacher": "teacher_weight > 0",
     "teacher_weight": "teacher",
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
-    "adam_lr": "optimizer=muon",
-    "momentum": "optimizer=muon",
-    "epochs": "max_steps=0"}
+    "adam_lr": "optimizer == 'muon'",
+    "momentum": "optimizer == 'muon'",
+    "epochs": "max_steps == 0"}
 
 
 def pack(lengths, T, *seed):
@@ -229,8 +231,11 @@ def main(cfg):
     used = np.concatenate(rows)
     # packing decides how many rows there are, so the number of steps is known only now
     rows_an_epoch = len(rows)
+    # no row twice in a step; and a hundred conversations want more passes than a million
+    cfg.batch_size = min(cfg.batch_size, math.ceil(rows_an_epoch / cfg.grad_accum))
     rows_a_step = cfg.batch_size * cfg.grad_accum
-    cfg.max_steps = cfg.max_steps or math.ceil(cfg.epochs * rows_an_epoch / rows_a_step)
+    epochs = cfg.epochs or max(2.0, 100 * rows_a_step / rows_an_epoch)
+    cfg.max_steps = cfg.max_steps or math.ceil(epochs * rows_an_epoch / rows_a_step)
     epoch = 1
     while len(rows) < cfg.max_steps * rows_a_step:
         # every epoch is packed anew, from (seed, epoch) alone
@@ -238,6 +243,8 @@ def main(cfg):
         epoch += 1
     val_rows = pack(np.diff(val.idx) - 1, cfg.seq_len, cfg.seed)
     val_used = sum(map(len, val_rows))
+    # each conversation counts positions from its own start: those up to the longest one's end are learned
+    model.trained_len = max(model.trained_len, int(lengths[used].max()))
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg, env)
@@ -286,8 +293,10 @@ def main(cfg):
                     # distillation: learn how likely the teacher finds every token, not only which one stands here
                     with torch.no_grad():
                         teacher_hidden = teacher(x, docs)
+                    # the tokenizer's own tokens: behind them each model may be padded otherwise
+                    V = tokenizer.vocab_size
                     divergence = distillation_loss(
-                        hidden, model.head_weight, teacher_hidden, teacher.head_weight, weights)
+                        hidden, model.head_weight[:V], teacher_hidden, teacher.head_weight[:V], weights)
                     micro_loss = torch.lerp(micro_loss, divergence, cfg.teacher_weight)
             # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
             env.scaler.scale(micro_loss * env.world).backward()

@@ -41,6 +41,7 @@ LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+HF_READER = "readers.hf_tokenizer"  # imported by name, where a vocabulary of transformers is opened and nowhere else
 HEADER = b'{"mingyue": '  # begins a line that a saved vocabulary may have before it: its settings, as JSON
 
 
@@ -226,7 +227,8 @@ def load_tokenizer(path):
     """Open a vocabulary: a sentencepiece model, a rank file, a folder with one of these or of transformers."""
     path = os.fspath(path)
     folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+    theirs = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    if any(os.path.exists(os.path.join(folder, name)) for name in theirs):
         read_folder = importlib.import_module(HF_READER).read_folder
         data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
         return make_tokenizer(data, settings, folder)

@@ -1,5 +1,6 @@
 """
 What a run leaves on disk, its folder out/<run>/: ckpt.pt, best.pt, tokenizer.model, log.jsonl.
+Of a model in shards ckpt.pt is small, and names the folder that holds them (sharding.py).
 
     own(cfg, env)                                     before the loop: no other process writes to this folder
     catch_signals(env)                                Ctrl-C ends the run after a step, with a checkpoint
@@ -15,13 +16,16 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import signal
 
 import torch
 import torch.distributed as dist
 
-from common.distributed import all_sum, gather_shards, leave, shard_like
-from common.lora import adapters_of, merge_adapters, weights_hash
+from common.distributed import all_sum, leave
+from common.lora import adapters_of, head_of, merge_adapters, weights_hash
+from common.sharding import is_shard, load_shards, shard_checkpoint
 from configurator import check
 from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import load_tokenizer
@@ -37,6 +41,9 @@ def own(cfg, env, base=""):
           "that this one starts from, and would be overwritten. Choose another --out_dir")
     if not env.is_main:
         return
+    if cfg.warmup_steps > cfg.max_steps:
+        print(f"note: warmup_steps={cfg.warmup_steps}, but the run ends after {cfg.max_steps} and never reaches lr="
+              f"{cfg.lr}. Without --warmup_steps the warmup takes a tenth of it")
     os.makedirs(cfg.out_dir, exist_ok=True)
     try:
         import fcntl
@@ -69,7 +76,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     checkpoint = None
     if os.path.exists(path):
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, shards_too=True)
         check(checkpoint["stage"] == stage, f"{cfg.out_dir} holds a run of {checkpoint['stage']}.py, and {stage}.py "
               "would overwrite it. Choose another --out_dir")
     if not cfg.resume:
@@ -83,8 +90,8 @@ def find(stage, same, cfg, env, model, tokenizer):
         return None
     then = checkpoint["config"]
     now = dataclasses.asdict(cfg)
-    check(then and checkpoint["optimizers"], f"{path} holds weights alone (imported or merged): no run that could go "
-          "on. Choose another --out_dir")
+    check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or "
+          "merged): no run that could go on. Choose another --out_dir")
     theirs = identity(then, same, checkpoint["model_config"], checkpoint.get("lora"), checkpoint["fingerprint"])
     ours = identity(now, same, vars(model.config), getattr(model, "lora", None), tokenizer.fingerprint)
     different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
@@ -123,18 +130,16 @@ def restore(checkpoint, model, optimizers, env):
     """Load what find() has found; return (step, lowest validation loss): (0, infinity) at the beginning of a run."""
     if checkpoint is None:
         return 0, math.inf
-    ours = model.state_dict()
-    weights = {name: shard_like(value, ours.get(name)) for name, value in checkpoint["model"].items()}
-    model.load_state_dict(weights, strict=not checkpoint.get("lora"))
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        params = sum([group["params"] for group in optimizer.param_groups], [])
-        for number, values in state["state"].items():
-            for name, value in values.items():
-                if value.ndim:  # of the shape of its parameter; the count of steps is a single number
-                    values[name] = shard_like(value, params[number])
-        # averages are the checkpoint's; rates, decay and momentum are what the settings say now
-        state["param_groups"] = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state)
+    if checkpoint.get("shards"):
+        load_shards(checkpoint["shards"], learned_weights(model), optimizers)
+    else:
+        if is_shard(next(model.parameters())):
+            shard_checkpoint(checkpoint, model, optimizers)
+        model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # averages are the checkpoint's; rates, decay and momentum are what the settings say now
+            state["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32
         env.scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["step"], checkpoint["best_val"]
@@ -145,14 +150,20 @@ def restore(checkpoint, model, optimizers, env):
 
 def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
     """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic."""
-    lora = getattr(model, "lora", None)
-    weights = adapters_of(model) if lora else model.state_dict()
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    weights, states = gather_shards([weights, states], env)
-    if not env.is_main:
-        return
+    weights = learned_weights(model)
     finite = all(weight.isfinite().all() for weight in [*weights.values(), *extra.get("critic", {}).values()])
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    shards = ""
+    if is_shard(next(model.parameters())):
+        # all processes write, each its part, to a folder that ckpt.pt will name
+        from torch.distributed.checkpoint import save as save_shards
+        shards = f"{name.removesuffix('.pt')}-{step}"
+        save_shards({"model": weights, "optimizers": states}, checkpoint_id=os.path.join(cfg.out_dir, shards))
+        weights = {}
+        states = []
+    if not env.is_main:
+        return
     path = os.path.join(cfg.out_dir, "tokenizer.model")
     tokenizer.save(path + ".tmp")
     os.replace(path + ".tmp", path)
@@ -160,14 +171,24 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         "stage": stage,
         "step": step,
         "model": weights,
+        "shards": shards,
         "model_config": dataclasses.asdict(model.config),
-        "lora": lora,
+        "lora": getattr(model, "lora", None),
+        "trained_len": getattr(model, "trained_len", 0),
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
         "data": data_size(cfg),
         "optimizers": states,
         "scaler": env.scaler.state_dict(),
         **extra})
+    for folder in os.listdir(cfg.out_dir):
+        if re.fullmatch(rf"{name.removesuffix('.pt')}-\d+", folder) and folder != shards:
+            shutil.rmtree(os.path.join(cfg.out_dir, folder))  # an older checkpoint's
+
+
+def learned_weights(model):
+    """Return what of a model's state its checkpoint holds: all of it, or its adapters alone."""
+    return adapters_of(model) if getattr(model, "lora", None) else model.state_dict()
 
 
 def save_checkpoint(path, checkpoint):
@@ -190,8 +211,9 @@ def save_checkpoint(path, checkpoint):
 # ---------------------------------------------------------------------------- load
 
 
-def load_checkpoint(path):
-    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none."""
+def load_checkpoint(path, shards_too=False):
+    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none.
+    shards_too: also where its weights lie beside it, in the folder that it names as "shards"."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
@@ -204,6 +226,10 @@ def load_checkpoint(path):
     needed = {"stage", "model", "model_config", "fingerprint"}
     known = isinstance(checkpoint, dict) and needed <= checkpoint.keys()
     check(known, f"{path} is not a checkpoint of this project")
+    if checkpoint.get("shards"):
+        check(shards_too, f"{path} is saved in shards. Make one file of them: python -m tools.export "
+              f"{os.path.dirname(path)} --to=merged --out=FOLDER")
+        checkpoint["shards"] = os.path.join(os.path.dirname(path), checkpoint["shards"])
     return checkpoint
 
 
@@ -216,18 +242,28 @@ def load_model(path, device="cpu"):
     check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
           f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
     weights = checkpoint["model"]
-    lora = checkpoint.get("lora")
-    if lora:
-        # the file holds adapters alone: what they are added to lies in another run
-        base = os.path.normpath(os.path.join(folder, lora["base"]))
-        base_model, _, base_checkpoint = load_model(base)
-        check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
-              f"the adapters in {folder} were trained: train them again, or put the old base back")
-        scale = lora["alpha"] / lora["rank"]
-        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], scale, lora.get("rows", ()))
-    model = Transformer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(weights, strict=True)
+    if checkpoint.get("lora"):
+        weights = with_base(checkpoint, folder)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(weights, strict=True, assign=True)  # the file's tensors themselves become the model's
+    model.trained_len = checkpoint.get("trained_len") or model.trained_len
     return model.to(device), tokenizer, checkpoint
+
+
+def with_base(checkpoint, folder, prefix=""):
+    """Return the weights of a checkpoint that holds adapters alone: they are added to those of another run.
+
+    prefix: what the names of the base's weights get in this model.
+    """
+    lora = checkpoint["lora"]
+    base = os.path.normpath(os.path.join(folder, lora["base"]))
+    base_model, _, base_checkpoint = load_model(base)
+    check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
+          f"the adapters in {folder} were trained: train them again, or put the old base back")
+    weights = {prefix + name: tensor for name, tensor in base_model.state_dict().items()}
+    scale = lora["alpha"] / lora["rank"]
+    return merge_adapters(weights, checkpoint["model"], scale, lora.get("rows", ()))
 
 
 def load_reward_model(path, device="cpu", fingerprint=None):
@@ -236,8 +272,14 @@ def load_reward_model(path, device="cpu", fingerprint=None):
     check(checkpoint["stage"] == "reward", f"{path} is a run of {checkpoint['stage']}.py, wanted one of reward.py")
     check(fingerprint in (None, checkpoint["fingerprint"]), f"{path} was trained with another tokenizer "
           f"({checkpoint['fingerprint'][:12]}) than the model it is to score ({str(fingerprint)[:12]})")
+    weights = checkpoint["model"]
+    if checkpoint.get("lora"):
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        # the trunk lies in the run that it started from, without a head over the vocabulary; the score's head is here
+        weights = with_base(checkpoint, folder, "trunk.") | head_of(checkpoint["model"])
+        weights.pop("trunk.lm_head.weight", None)
     model = ScalarModel(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"], strict=True)
+    model.load_state_dict(weights, strict=True)
     return model.to(device)
 
 
@@ -250,7 +292,7 @@ def newest_run(stages, root="out"):
             if os.path.isfile(file):
                 files.append(file)
     for file in sorted(files, key=os.path.getmtime, reverse=True):
-        if load_checkpoint(file)["stage"] in stages:
+        if load_checkpoint(file, shards_too=True)["stage"] in stages:
             return os.path.dirname(file)
     check(False, f"no {' or '.join(stages)} run under '{root}/'. Train one first (bash runs/quickstart.sh), or name a "
           "folder with --out_dir=")

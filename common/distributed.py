@@ -1,5 +1,5 @@
 """
-Where a process runs: its device, the dtype of its matmuls, the other processes, and sharding.
+Where a process runs: its device, the dtype of its matmuls, the other processes.
 
     env = start(cfg)                      join the other processes, choose device and dtype, seed
     total, = all_sum([loss], env)         the sum over all processes, as a float
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
 
 from configurator import changed, check
 
@@ -58,6 +57,8 @@ def start(cfg, dtype="", announce=True):
         index = int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # cuDNN's attention makes a plan for each new shape, a stall: it is for stages whose rows are all seq_len long
+        torch.backends.cuda.enable_cudnn_sdp(hasattr(cfg, "seq_len"))
     if device.type == "cpu":
         keep_memory()
     if world > 1 and not dist.is_initialized():
@@ -75,6 +76,7 @@ def start(cfg, dtype="", announce=True):
         settings = " ".join(f"{key}={value}" for key, value in changed(cfg).items())
         print(f"settings changed: {settings or '(all defaults)'}")
         print(f"device {device}, {str(env.dtype).split('.')[1]}, {world} process{'es' * (world > 1)}", flush=True)
+    cfg.dtype = str(env.dtype).split(".")[1]  # auto may choose otherwise when the run is resumed: find() says so
     return env
 
 
@@ -191,39 +193,3 @@ def all_sum(values, env):
     if env.world > 1:
         dist.all_reduce(total)
     return total.tolist()
-
-
-# ---------------------------------------------------------------------------- sharding, for models beyond one GPU
-
-
-def shard_model(model, env):
-    """Split weights, and with them gradients and optimizer state, among the processes (FSDP2; Zhao et al. 2023). A
-    block's weights are gathered when it computes, and forgotten when it has."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # seconds to import
-    mesh = dist.init_device_mesh(env.device.type, (env.world,))
-    # in the dtype of its matmuls a block travels in half the time; gradients are still averaged in fp32
-    policy = MixedPrecisionPolicy(env.dtype, torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # the rest (embedding, norm, head) stays whole from the forward pass to the backward: the loss uses head_weight
-    return fully_shard(model, mesh=mesh)
-
-
-def shard_like(whole, p):
-    """Return this process's shard of a whole tensor where p is a shard, else the tensor as it is."""
-    if not hasattr(p, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def gather_shards(tree, env):
-    """Put whole tensors, in the memory of rank 0, in the place of all shards in nested dicts and lists."""
-
-    def gather(leaf):
-        if not hasattr(leaf, "full_tensor"):
-            return leaf
-        whole = leaf.full_tensor()  # all processes come here, to send their shards
-        return whole.cpu() if env.is_main else None
-
-    return tree_map(gather, tree)

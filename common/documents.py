@@ -1,7 +1,7 @@
 """
 The documents of a data set between the two passes of prepare.py: cleaned, all in one file, and put in order.
 
-    table = write_documents(documents, folder, seed)     # one row a document: 18 bytes
+    table = write_documents(documents, folder, seed)     # one row a document: 26 bytes
     numbers = divide(table, 0.005)                       # {"train": …, "val": …}: which documents, in which order
     Documents(folder)[7]                                 # the text of document 7
 """
@@ -14,10 +14,11 @@ import numpy as np
 
 # What is kept of a document in memory.
 ROW = np.dtype([
-    ("hash", "u8"),   # BLAKE2 of its bytes, with the seed as the key
-    ("end", "i8"),    # where it ends in the file of all documents
-    ("split", "u1"),  # the one it asks for
-    ("times", "u1"),  # how often to train on it
+    ("hash", "u8"),      # BLAKE2 of its bytes, with the seed as the key
+    ("question", "u8"),  # that of the question it answers; of a text, hash again
+    ("end", "i8"),       # where it ends in the file of all documents
+    ("split", "u1"),     # the one it asks for
+    ("times", "u1"),     # how often to train on it
 ])
 SPLITS = {None: 0, "train": 1, "val": 2}
 ODD = 0x9E3779B97F4A7C15  # hashes times an odd number are hashes again
@@ -39,15 +40,18 @@ def clean(text):
 
 
 def write_documents(documents, folder, seed):
-    """Append all documents (bytes, split, how often) to one file in `folder`. Return an array of ROW, one for each."""
+    """Append all documents (bytes, question, split, how often) to one file in `folder`. Return an array of ROW, one for
+    each."""
     key = str(seed).encode()
 
+    def hashed(data):
+        digest = hashlib.blake2b(data, digest_size=8, key=key).digest()
+        return int.from_bytes(digest, "big")
+
     def rows():
-        for document, split, times in documents:
+        for document, question, split, times in documents:
             f.write(document)
-            digest = hashlib.blake2b(document, digest_size=8, key=key).digest()
-            number = int.from_bytes(digest, "big")
-            yield number, f.tell(), SPLITS[split], times
+            yield hashed(document), hashed(question), f.tell(), SPLITS[split], times
 
     with open(os.path.join(folder, "documents"), "wb") as f:
         table = np.fromiter(rows(), ROW)
@@ -87,13 +91,22 @@ def divide(table, val_fraction):
     hashes = table["hash"][first]
     order = order[first]
 
-    # The end of this order is held out; of a small set at least one document.
+    # Held out is what asks for it, with all that answers the same question, and those questions whose hashes are the
+    # largest (of a text that is its own hash, so the end of the order). A question that half of all documents ask would
+    # hold out too much.
     is_free = asked == SPLITS[None]
+    held_out = asked == SPLITS["val"]
+    questions, group, sizes = np.unique(table["question"][first], return_inverse=True, return_counts=True)
+    held_out |= is_free & np.isin(group, group[held_out])
     border = int((1 - val_fraction) * 2**64)
-    held_out = (asked == SPLITS["val"]) | is_free & (hashes >= border)
+    is_small = sizes <= max(1, val_fraction * len(group))
+    held_out |= is_free & ((questions >= border) & is_small)[group]
     if val_fraction and is_free.any() and not held_out.any():
-        last = np.flatnonzero(is_free)[-1]
-        held_out[last] = True
+        # of a small set at least one question, or one document where there is but one question
+        held_out = is_free & (group == group[is_free].max())
+        if held_out.sum() * 2 > len(held_out):
+            held_out[:] = False
+            held_out[np.flatnonzero(is_free)[-1]] = True
 
     # The copies of a training document get hashes of their own, so they lie anywhere in the order.
     train = [order[~held_out]]

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from common.decode_graph import can_record, decode
 from model import KVCache, matmul_dtype
 
 
@@ -30,8 +31,8 @@ def generate(
     """Continue each prompt (a list of ids) by up to max_new_tokens, group_size times; return the new ids, a list a row.
 
     A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
-    repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i, so
-    what it says does not depend on the rest of the batch. on_token(ids) sees each step's tokens, a list with one id a
+    repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i (or
+    seed[i]), so what it says does not depend on the rest of the batch. on_token(ids) sees each step's tokens, a list with one id a
     row (None in rows that have ended). The answers to prompt p are rows p * group_size and following.
     """
     if not prompts or not all(len(p) for p in prompts):
@@ -49,7 +50,8 @@ def generate(
     padded = [[pad_id] * (longest - len(p)) + list(p) for p in prompts]
     ids = torch.tensor(padded, device=device)                                      # (prompts, longest)
     dtype = matmul_dtype(model.head_weight)
-    cache = KVCache(model.config, pad, longest + max_new_tokens, dtype)
+    columns = 16 * math.ceil((longest + max_new_tokens) / 16)  # masked attention on GPUs wants whole sixteens
+    cache = KVCache(model.config, pad, columns, dtype)
     new = [[] for _ in range(len(prompts) * group_size)]
     uniforms = draw_uniforms(seed, len(new), max_new_tokens).to(device)            # (rows, steps)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
@@ -68,17 +70,16 @@ def generate(
         pad_seen = torch.tensor([pad_id in p for p in prompts], device=device)
         seen[:, pad_id] &= pad_seen[prompt_of]
 
+    def choose(hidden, seen, uniforms):
+        """logits → filtered → one id a row."""
+        logits = model.logits(hidden)                                              # (rows, V)
+        logits = filter_logits(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty)
+        return pick(logits, uniforms, temperature)                                 # (rows)
+
+    if can_record(model):
+        return decode(model, hidden, cache, choose, seen, uniforms, stops, on_token)
     for step in range(max_new_tokens):
-        # logits → filtered → one id a row
-        logits = filter_logits(                                                    # (alive, V)
-            model.logits(hidden),
-            seen[alive],
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty)
-        ids = pick(logits, uniforms[alive, step], temperature)                     # (alive,)
+        ids = choose(hidden, seen[alive], uniforms[alive, step])                   # (alive)
         shown = [None] * len(new)
         for row, token in zip(alive.tolist(), ids.tolist()):
             new[row].append(token)
@@ -109,7 +110,7 @@ def draw_uniforms(seed, rows, steps):
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed + row)
+            generator.manual_seed(seed[row] if isinstance(seed, list) else seed + row)
         uniforms[row].uniform_(generator=generator)
     return uniforms
 

@@ -11,6 +11,7 @@ What differs from the paper and peft: (1) q, k, v are one matrix and share one A
 pretraining holds these tokens, so they have one and the same row, and with that row frozen no adapter could tell
 <|im_end|> from the others: answers would not end.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -53,6 +54,7 @@ class LoRALinear(nn.Linear):
 
 class LearnedRows(nn.Module):
     """A matrix (V, C) with some rows of its own, which learn: registered on an embedding, as its weight."""
+    off = False  # see WithoutAdapters
 
     def __init__(self, weight, rows):
         super().__init__()
@@ -60,6 +62,8 @@ class LearnedRows(nn.Module):
         self.lora_rows = nn.Parameter(weight[rows].detach().clone())               # (rows, C)
 
     def forward(self, weight):
+        if self.off:
+            return weight
         return weight.index_copy(0, self.rows, self.lora_rows)
 
 
@@ -114,24 +118,36 @@ class WithoutAdapters:
     def __init__(self, model):
         self.model = model
         self.config = model.config
-        self.adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        self.adapted = [module for module in model.modules() if isinstance(module, (LoRALinear, LearnedRows))]
 
     @property
     def head_weight(self):
-        return self.model.head_weight
+        with self.switched_off():
+            return self.model.head_weight
 
     def __call__(self, ids):
-        for layer in self.adapted:
-            layer.off = True
-        hidden = self.model(ids)
-        for layer in self.adapted:
-            layer.off = False
-        return hidden
+        with self.switched_off():
+            return self.model(ids)
+
+    @contextlib.contextmanager
+    def switched_off(self):
+        for module in self.adapted:
+            module.off = True
+        yield
+        for module in self.adapted:
+            module.off = False
 
 
 def adapters_of(model):
-    """What of the model's state dict its checkpoint holds."""
-    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    """What of the model's state dict its checkpoint holds: adapters, and the head of a reward model, which learns too."""
+    weights = model.state_dict()
+    adapters = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+    return adapters | head_of(weights)
+
+
+def head_of(weights):
+    """The head of a ScalarModel among its weights: a score is new, there is nothing to put adapters on."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
 
 
 def merge_adapters(weights, adapters, scale, rows=()):

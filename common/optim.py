@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from common.distributed import shard_like
+from common.sharding import is_shard, shard_like
 
 
 def lr_at(step, cfg, decay_steps=0):
@@ -24,6 +24,8 @@ def lr_at(step, cfg, decay_steps=0):
     if step < warmup_steps:
         return cfg.lr * (step + 1) / warmup_steps
     if decay_steps:
+        # a short run has fewer steps left to fall in
+        decay_steps = max(1, min(decay_steps, cfg.max_steps - warmup_steps))
         share = min(1.0, (cfg.max_steps - step) / decay_steps)
     else:
         done = (step - warmup_steps) / max(1, cfg.max_steps - warmup_steps)
@@ -139,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])
-                if hasattr(update, "full_tensor"):
+                if is_shard(update):
                     update = update.full_tensor()  # a shard of a matrix is not enough: each process gathers them all
                 updates.append((p, update, group))
                 for matrix in update.split(group["parts"] or [len(p)]):

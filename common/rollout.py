@@ -19,11 +19,13 @@ from common.distributed import all_sum
 from common.generate import generate
 from common.loss import answer_logps, score_answers, token_logps
 from configurator import check
+from tokenizer import render_chat
 
 
-def rollout(model, prompts, group_size, cfg, tokenizer, seed, env):
-    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on the answer.
+def rollout(model, prompts, group_size, cfg, tokenizer, seed, env, environment=None):
+    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on what the model says.
 
+    environment(text) -> reply: what a turn that calls a tool is told, or None where it calls none; see go_on().
     One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
     """
     with env.autocast():
@@ -41,7 +43,52 @@ def rollout(model, prompts, group_size, cfg, tokenizer, seed, env):
         prompt = list(prompts[number // group_size])
         mask = [0] * len(prompt) + [1] * len(answer)
         documents.append((prompt + answer, mask))
+    if environment:
+        go_on(model, documents, answers, environment, cfg, tokenizer, seed, env)
     return documents
+
+
+def go_on(model, documents, answers, environment, cfg, tokenizer, seed, env):
+    """Where a turn calls a tool, append the reply (mask 0) and let the model go on (mask 1), up to cfg.turns turns.
+
+        12+34=?  <tool_call>…</tool_call>  │ 46 │  46        documents [(ids, mask)] grow in place; rows that call no tool
+        0000000  1111111111111111111111111  0000  11        any more are done, while others take their next turn
+    """
+    latest = dict(enumerate(answers))  # what each row said last
+    for turn in range(1, cfg.turns):
+        replies = {}
+        for number, said in latest.items():
+            reply = None
+            if said[-1] == tokenizer.im_end_id:
+                reply = environment(tokenizer.decode(said, skip_special=True))
+            if reply is not None:
+                message = {"role": "tool", "content": reply}
+                header, _ = render_chat(tokenizer, [message], add_generation_prompt=True)
+                replies[number] = tokenizer.encode("\n") + header
+        if not replies:
+            break
+        for number, reply in replies.items():
+            ids, mask = documents[number]
+            room = model.config.max_seq_len - len(ids) - len(reply)
+            check(cfg.max_new_tokens <= room, f"after {turn} turns of {cfg.turns} and a reply of {len(reply)} tokens there "
+                  f"is room for {room} more, not for max_new_tokens={cfg.max_new_tokens}: lower it, or --turns")
+            ids += reply
+            mask += [0] * len(reply)
+        with env.autocast():
+            new = generate(
+                model,
+                [documents[number][0] for number in replies],
+                cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                stop_ids=[tokenizer.im_end_id, tokenizer.eot_id],
+                pad_id=tokenizer.pad_id,
+                # a row's own, whoever else goes on; a million apart, as torch takes the lower 32 bits of a seed alone
+                seed=[seed + number + turn * 1_000_000 for number in replies])
+        latest = dict(zip(replies, new))
+        for number, said in latest.items():
+            ids, mask = documents[number]
+            ids += said
+            mask += [1] * len(said)
 
 
 def step_prompts(split, group_size, cfg, step, micro):
@@ -55,30 +102,43 @@ def step_prompts(split, group_size, cfg, step, micro):
         yield prompts, step_seed + i * cfg.batch_size * group_size
 
 
-def check_prompts(splits, cfg, window):
-    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see."""
+def check_prompts(splits, cfg, window, trained_len, env):
+    """Exit where a prompt and its answer would exceed the `window` of tokens that all models can see; say where they
+    would exceed what the policy was trained on."""
     longest = max(np.diff(split.idx).max(initial=0) for split in splits)
     check(longest + cfg.max_new_tokens <= window, f"{cfg.data_dir} has a prompt of {longest} tokens; with "
           f"max_new_tokens={cfg.max_new_tokens} that exceeds the {window} tokens the models can see. Prepare it again "
           "with a smaller --max_length, or lower --max_new_tokens")
+    if longest + cfg.max_new_tokens > trained_len and env.is_main:
+        print(f"note: a prompt of {longest} tokens and max_new_tokens={cfg.max_new_tokens} are more than the "
+              f"{trained_len} tokens of the longest row the model was trained on")
 
 
 # ---------------------------------------------------------------------------- scores
 
 
-def function_scorer(spec, tokenizer, env):
-    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with prompt
-    and answer as texts, control tokens left out; or, where its parameters are named prompts and answers, once with all.
-
-    Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
-    """
+def load_function(spec):
+    """Return the function that "file.py:name" names."""
     path, _, name = spec.partition(":")
     check(os.path.isfile(path) and name, f"{spec!r} is not FILE.py:FUNCTION (looked in {os.getcwd()})")
     module_spec = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     check(hasattr(module, name), f"{path} defines no function '{name}'")
-    function = getattr(module, name)
+    return getattr(module, name)
+
+
+def function_scorer(spec, tokenizer, env):
+    """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with texts:
+
+        prompt    "user\\n写一首五言绝句。\\nassistant\\n"      the rendered chat without its control tokens
+        answer    "床前明月光，…"      without the <|im_end|> that ends it; control tokens inside it are shown
+
+    Where its parameters are named prompts and answers, it is called once with all of them.
+
+    Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
+    """
+    function = load_function(spec)
     in_batches = list(inspect.signature(function).parameters)[:2] == ["prompts", "answers"]
 
     def scores_of(prompts, answers):
@@ -101,7 +161,10 @@ def function_scorer(spec, tokenizer, env):
         for ids, mask in documents:
             begin = mask.index(1)
             prompts.append(tokenizer.decode(ids[:begin], skip_special=True))
-            answers.append(tokenizer.decode(ids[begin:], skip_special=True))
+            answer = ids[begin:]
+            if answer[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
+                answer = answer[:-1]
+            answers.append(tokenizer.decode(answer))
         if in_batches:
             scores = scores_of(prompts, answers)
         else:
@@ -172,7 +235,7 @@ def k3(logps, ref_logps):
 
 
 def summary(batch, env):
-    """Return means over the answers of all processes: score, KL from the reference in nats an answer, length, share
+    """Return means over the answers of all processes: score, KL from the reference in nats per answer, length, share
     that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
     rows = {
@@ -191,6 +254,18 @@ def summary(batch, env):
 
 
 
+def score_scale(batch, cfg, env):
+    """Return mean and deviation (1 where there is none) of the scores of all processes; say where no_eos_penalty, which
+    is in their units, is next to nothing beside them."""
+    score = batch["score"]
+    n, total, square = all_sum([len(score), score.sum(), (score.double() ** 2).sum()], env)
+    mean = total / n
+    deviation = math.sqrt(max(square / n - mean ** 2, 0.0)) or 1.0
+    if env.is_main and 0 < cfg.no_eos_penalty < 0.1 * deviation:
+        print(f"note: scores differ by {deviation:.3g}, so no_eos_penalty={cfg.no_eos_penalty} hardly keeps answers "
+              f"from being cut. Try --no_eos_penalty={deviation:.1g}")
+    return mean, deviation
+
 
 def must_stop(batch, env):
     """Whether a process was asked to stop, or a reward function failed: then nobody learns from this batch."""
@@ -201,7 +276,7 @@ def must_stop(batch, env):
 
 
 @torch.no_grad()
-def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env):
+def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env, environment=None):
     """Return summary() on the first eval_prompts of a split, shared among the processes, as {"val_…": number}: the same
     prompts and random numbers every time. {} without held-out prompts."""
     n_prompts = min(cfg.eval_prompts, len(split))
@@ -212,7 +287,7 @@ def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env):
     first = env.rank * n_prompts // env.world
     end = (env.rank + 1) * n_prompts // env.world
     prompts = [split.document(i)[0].tolist() for i in range(first, end)]
-    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env)
+    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env, environment)
     batch = make_batch(documents, tokenizer, scorer, watcher, env)
     batch["logps"] = all_logps(model, batch, cfg, env)
     batch["ref_logps"] = all_logps(reference, batch, cfg, env)

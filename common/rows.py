@@ -41,7 +41,7 @@ def render_conversation(tok, messages, max_length, counts):
         ids = ids[:end]
         mask = mask[:end]
         messages = messages[:ids.count(tok.im_start_id)]
-        counts["cut", "after an answer"] += bool(ids)
+        counts["cut", f"after an answer, at --max_length={max_length}"] += bool(ids)
     return ids, mask, "".join(m["content"] for m in messages if is_learned(m))
 
 
@@ -72,12 +72,13 @@ def render(tok, kind, document, max_length, counts):
 
     fitting = [row for row in rows if 0 < len(row[0]) <= max_length]
     if kind == "pairs":
-        counts["cut", "answers too long"] += len(rows) - len(fitting)
+        counts["cut", f"answers longer than --max_length={max_length}"] += len(rows) - len(fitting)
         if len(fitting) < 2:
-            counts["dropped", "fewer than two ranked answers"] += 1
+            reason = "ranked answers" if len(rows) < 2 else f"answers within --max_length={max_length}"
+            counts["dropped", f"fewer than two {reason}"] += 1
             return []
     elif not fitting:
-        counts["dropped", "too long"] += 1
+        counts["dropped", f"longer than --max_length={max_length}"] += 1
     return fitting
 
 

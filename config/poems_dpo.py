@@ -24,4 +24,4 @@ eval_every = 40
 eval_prompts = 300
 
 log_every = 10
-dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 products prepare each anew
+dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 matmuls prepare each anew

@@ -9,14 +9,14 @@ out_dir = "out/poems-sft"
 
 seq_len = 256              # 4 conversations a row
 batch_size = 12            # 3,072 tokens a step
-epochs = 0.8
+epochs = 0.65
 optimizer = "muon"
 lr = 3e-3
 min_lr = 1e-4
 adam_lr = 2e-3
 momentum = 0.8
 warmup_steps = 20
-decay_steps = 400          # flat, then a linear fall
+decay_steps = 330          # flat, then a linear fall
 
 eval_every = 400
 log_every = 20

@@ -27,24 +27,49 @@ class Notes:
     """What became of the fields of one record."""
     used: set = dataclasses.field(default_factory=set)
     ignored: dict = dataclasses.field(default_factory=dict)  # name → characters of text in it
+    values: dict = dataclasses.field(default_factory=dict)  # name of an ignored field → hash of what it holds
     cut: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what was cut off → how often
     split: str = None  # "train" or "val", where the record asks for one
+    named: frozenset = frozenset()  # what --fields has a name for
+    learned: int = 0  # characters that are learned of it
 
 
 class Tally:
     """What became of the fields of all records of a file: name → in how many records it was used, or ignored."""
 
     def __init__(self):
+        self.records = 0
         self.used = collections.Counter()
         self.ignored = collections.Counter()
-        self.ignored_characters = collections.Counter()
-        self.characters = 0  # of all that is made of the records
+        self.values = collections.defaultdict(set)  # of an ignored field
+        self.groups = collections.defaultdict(collections.Counter)  # records that ignore text in the same fields
 
-    def add(self, notes, characters):
-        self.characters += characters
+    def add(self, notes):
+        self.records += 1
         self.used.update(notes.used)
+        texts = {}
         for name, n in notes.ignored.items():
             if len(self.ignored) >= 100 and name not in self.ignored:
                 name = "(other fields)"  # of records whose names are numbers or words
             self.ignored[name] += 1
-            self.ignored_characters[name] += n
+            if n:
+                texts[name] = texts.get(name, 0) + n
+            if len(self.values[name]) < 1000:
+                self.values[name].add(notes.values.get(name, self.records))
+        group = self.groups[frozenset(texts)]
+        group.update(texts)
+        group["(records)"] += 1
+        group["(learned)"] += notes.learned
+
+    def is_mark(self, name, characters):
+        """Whether a field names a category, a source and the like: few short values, again and again."""
+        n = self.ignored[name]
+        return len(self.values[name]) <= n / 4 and characters <= 50 * n
+
+    def lost(self, share):
+        """Names of fields that hold more text than what is learned beside them, in more than this share of records."""
+        for names, group in self.groups.items():
+            lost = [name for name in names if not self.is_mark(name, group[name])]
+            if sum(group[name] for name in lost) > group["(learned)"] and group["(records)"] > share * self.records:
+                return sorted(lost, key=lambda name: -group[name])
+        return []

@@ -4,9 +4,10 @@ Records to conversations that end with an answer (SFT), or with a question (PPO)
 import itertools
 
 from readers.account import Drop, Skip
-from readers.calls import list_tools
-from readers.fields import ANSWER, CONTENT, QUESTION, REASONING, SPEAKER, SYSTEM, THUMB, TOOLS, TURNS
-from readers.fields import as_text, brief, filled, first, is_parts, take, there
+from readers.calls import from_json, list_tools
+from readers.fields import ANSWER, CHOICES, CONTENT, KNOWN, LETTERS, QUESTION, REASONING, SPEAKER, SYSTEM, THUMB, TOOLS
+from readers.fields import TURNS, as_list, as_text, brief, check_marks, filled, first, is_empty, is_number, is_parts
+from readers.fields import note_rest, take, there
 from readers.turns import TRANSCRIPTS, message, read_turns, said, think
 
 
@@ -44,23 +45,79 @@ def to_prompt(record, notes):
 
 
 def read_question(record, notes):
-    """The question: all fields that are part of it, in the order of QUESTION; or a whole transcript in `text`."""
+    """The question: all fields that are part of it, in the order of QUESTION, and its choices; or a whole transcript in
+    `text`."""
     messages = []
-    texts = []
+    texts = {}
     for name in QUESTION:
         value = take(record, notes, name)
-        is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
-        if is_texts and len(filled(record, QUESTION)) > 1:
-            value = "\n".join(value)  # passages beside a question, not turns
+        if is_texts(value):
+            value = one_text(value, name, record)
         if isinstance(value, (list, dict)):
             messages += read_turns(value, name, notes)
-        elif value is not None and as_text(value, name) not in texts:
-            texts.append(as_text(value, name))
+        elif value is not None and as_text(value, name) not in texts.values():
+            texts[name] = as_text(value, name)
     if texts:
-        messages += said("\n".join(texts), "user", has_answer=bool(filled(record, ANSWER)))
+        if not notes.named:
+            check_template(record, texts)
+        question = "\n".join([*texts.values(), *read_choices(record, notes)])
+        messages += said(question, "user", has_answer=bool(filled(record, ANSWER)))
     elif not messages and any(transcript.search(str(record.get("text"))) for transcript in TRANSCRIPTS):
         messages = said(as_text(take(record, notes, "text"), "text"), "user", is_whole=True)
     return messages
+
+
+def is_texts(value):
+    """Whether a value is a list of texts, or of lists of texts."""
+    return isinstance(value, list) and all(isinstance(part, str) or is_texts(part) for part in value)
+
+
+def one_text(value, name, record):
+    """The text of a list in a field of the question. Several are passages where they stand beside a question; else they
+    may be wordings of one question, or turns, and nobody knows."""
+    while len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    is_beside = len(filled(record, QUESTION)) > 1 and all(isinstance(text, str) for text in value)
+    if len(value) > 1 and not is_beside:
+        raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write one "
+                   "record for each, or messages: [{role: …, content: …}]")
+    return "\n".join(value)
+
+
+def read_choices(record, notes):
+    """The choices of an exam, a line each: "A. …"; in fields A, B, … or in a list."""
+    letters = list(itertools.takewhile(lambda letter: not is_empty(record.get(letter)), LETTERS))
+    if len(letters) > 1:
+        return [f"{letter}. {as_text(take(record, notes, letter), letter)}" for letter in letters]
+    choices = take(record, notes, *CHOICES)
+    if isinstance(choices, dict):
+        labels = choices.get("label") or list(choices)
+        texts = choices.get("text") or list(choices.values())
+        return [f"{label}. {as_text(text, 'choices')}" for label, text in zip(labels, texts)]
+    choices = from_json(choices)
+    if isinstance(choices, str):
+        return [choices]
+    lines = []
+    for letter, text in zip(LETTERS, as_list(choices, "choices")):
+        text = as_text(text, "choices")
+        lines.append(text if text.startswith(letter) else f"{letter}. {text}")
+    return lines
+
+
+def check_template(record, texts):
+    """Raise Skip where a part of the question ends with the answer: a field that holds the whole, put together."""
+    answer = first(record, ANSWER)
+    if not isinstance(answer, str):
+        return
+    answer = answer.strip()
+    for name, text in texts.items():
+        others = [other for other in texts if other != name]
+        is_whole = others and all(texts[other].strip() in text for other in others)
+        place = text.rfind(answer)
+        if place >= 0 and len(text) - place - len(answer) <= 20 and (is_whole or len(answer) >= 20):
+            names = ",".join(f"question:{other}" for other in others)
+            hint = f"--fields={names},answer:{filled(record, ANSWER)[0]} leaves {name} out" if others else "cut it off"
+            raise Skip("the question holds its answer", f"{name} ends with {brief(answer)}: {hint}")
 
 
 def read_answer(record, notes):
@@ -72,14 +129,19 @@ def read_answer(record, notes):
     for name in names:
         notes.used.add(name)
         if record[name] != value:
-            raise Skip("two answers", f"{' and '.join(names)} differ: --fields=question:…,answer:{name} learns {name}")
+            questions = ",".join(f"question:{question}" for question in filled(record, QUESTION))
+            raise Skip("two answers", f"{' and '.join(names)} differ: --fields={questions},answer:{name} learns {name}")
     if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
+        note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
+    if is_number(value) and isinstance(first(record, CHOICES), (list, dict)):
+        raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its letter")
     if is_parts(value):
         value = as_text(value, names[0])
     if isinstance(value, list) and all(is_answer(answer) for answer in value):
         if len(value) > 1:
-            raise Skip("several answers", f"{names[0]} holds {len(value)}, best first? Then --kind=pairs ranks them")
+            ranked = ", best first? Then --kind=pairs ranks them" if not is_texts(first(record, QUESTION)) else ""
+            raise Skip("several answers", f"{names[0]} holds {len(value)}{ranked}")
         value = value[0]
     if isinstance(value, (list, dict)):
         return read_turns(value, names[0], notes, "assistant")
@@ -95,8 +157,9 @@ def is_answer(value):
 def is_thumbs_down(record, notes):
     """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone;
     other records have classes of that name."""
-    bad = ("false", "0", "0.0", "-1") if "completion" in record else ("false",)
-    good = ("true", "1", "1.0") if "completion" in record else ("true",)
+    is_verdict = "completion" in record or "label" in notes.named
+    bad = ("false", "0", "0.0", "-1") if is_verdict else ("false",)
+    good = ("true", "1", "1.0") if is_verdict else ("true",)
     for name in filled(record, THUMB):
         word = str(record[name]).lower()
         if word in good + bad:
@@ -118,6 +181,8 @@ def to_conversation(record, notes):
                 if another not in messages:
                     raise Skip("two answers", "the question ends with an answer, and there is another: "
                                f"{brief(another['content'])}")
+        if not notes.named:
+            check_marks(record, notes.used | KNOWN - {*THUMB}, "", "label")
     messages = [m for m in messages if m["content"] or m["role"] != "system"]
     # after an empty turn nobody knows who says what, and after the last answer there is nothing to learn
     before_empty = list(itertools.takewhile(lambda m: m["content"] or m["role"] == "tool", messages))
@@ -137,7 +202,7 @@ def to_conversation(record, notes):
         raise Skip("empty", "no question with an answer")
     reason = "no answer" if messages else "no question and answer"
     raise Skip(reason, f"{there(record)}; wanted messages, or a question ({', '.join(QUESTION)}) and an answer "
-               f"({', '.join(ANSWER)}). --fields=question:…,answer:… says which is which")
+               f"({', '.join(ANSWER)}): --fields=question:…,answer:… says which is which")
 
 
 def to_question(record, notes):

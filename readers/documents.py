@@ -7,6 +7,7 @@ What prepare.py does not read itself: files to what is learned of each record, w
 A record is kept, or dropped by a rule, or skipped because it cannot be used, and `counts` tells of every file which
 fields were used, and which were ignored.
 """
+import collections
 import itertools
 import sys
 
@@ -14,16 +15,20 @@ from tqdm import tqdm
 
 from configurator import check
 from readers.account import Drop, Part, Skip, Tally
-from readers.fields import CHAT, QUESTION, TEXT
+from readers.fields import KNOWN, QUESTION, SYSTEM, TURNS, prose
 from readers.files import read_names
+from readers.markers import cut_at_markers, find_markers
 from readers.records import read_file
-from readers.schemas import convert, unfold, words
+from readers.schemas import convert, unfold
+
+UNCLEAR = ("no text field", "no question and answer", "no answer", "no question", "no ranked answers")
 
 
 def read_odd(path, cfg, counts, done):
     """Yield (content, split it asks for) of the records of a file; the first `done` of them have been read."""
-    fields = read_names("fields", cfg.fields, CHAT | TEXT | {"split"})
+    fields = read_names("fields", cfg.fields, KNOWN)
     tally = Tally()
+    unknown = collections.Counter()  # characters of text in the fields of records that no name explains
     with open(path, "rb") as raw:
         for where, record in itertools.islice(read_file(path, raw, cfg.txt_document), done, None):
             for item in unfold(record, cfg.kind):
@@ -33,14 +38,28 @@ def read_odd(path, cfg, counts, done):
                     content, notes = convert(item, cfg.kind, fields)
                 except Skip as skip:
                     note_skip(skip, where, counts)
+                    if skip.reason in UNCLEAR and isinstance(item, dict):
+                        unknown["(records)"] += 1
+                        for name, value in item.items():
+                            unknown[name if isinstance(value, str) else "(other)"] += prose(value)
                     continue
-                tally.add(notes, len(words(content)))
+                tally.add(notes)
                 for reason, n in notes.cut.items():
                     counts["cut", reason] += n
-                yield content, notes.split
+                contents = [content]
+                markers = find_markers(content)
+                if markers and cfg.markers == "cut":
+                    contents = list(cut_at_markers(content, counts))
+                    counts["skipped", "only markers"] += not contents
+                    counts["read"] += max(0, len(contents) - 1)
+                for marker, n in markers.items():
+                    counts["noticed", f"{marker} in a text"] += n
+                for content in contents:
+                    yield content, notes.split
     for what, names in (("used", tally.used), ("ignored", tally.ignored)):
         for name, n in names.items():
             counts[what, path, name] += n
+    advise(path, unknown, cfg)
     check_ignored(path, tally, cfg)
 
 
@@ -55,16 +74,32 @@ def note_skip(skip, where, counts):
         tqdm.write(f"skipped {where}: {skip}"[:600], file=sys.stderr)
 
 
+def advise(path, unknown, cfg):
+    """Say which fields hold the text, judged from all records that could not be understood."""
+    n = unknown.pop("(records)", 0)
+    names = [name for name, characters in unknown.most_common(3) if characters > n]
+    if not names or names[0] == "(other)" or cfg.fields:
+        return
+    hint = f"--fields=text:{names[0]} learns {names[0]}"
+    if cfg.kind == "pairs":
+        hint = "--fields=question:…,chosen:…,rejected:… says which is which"
+    elif cfg.kind != "text":
+        hint = "--fields=question:…,answer:… says which is which"
+    lengths = ", ".join(f"{name} ({unknown[name] / n:.0f} characters on average)" for name in names)
+    tqdm.write(f"note: most of the text of {path} is in {lengths}. {hint}", file=sys.stderr)
+
+
 def check_ignored(path, tally, cfg):
-    """Stop where a field that is ignored holds more text than all that is used."""
-    known = () if cfg.kind == "text" else CHAT - {*QUESTION, "history"}
+    """Stop where fields that are ignored hold more text than what is learned."""
     if cfg.fields or cfg.kind == "prompts":
         return
-    used = ", ".join(sorted(tally.used))
-    for name, characters in tally.ignored_characters.items():
-        hint = f"--fields=text:{name} learns it, --fields=text:{used.split(', ')[0]} leaves it out"
-        if cfg.kind != "text":
-            names = ",".join(f"{field}:{field}" for field in sorted(tally.used))
-            hint = f"--fields=question:…,answer:… says which fields to learn, --fields={names} leaves it out"
-        check(name in known or characters <= tally.characters, f"{path}: the field {name}, which would be ignored, "
-              f"holds more text than all that is used ({used}). {hint}")
+    exempt = () if cfg.kind == "text" else KNOWN - {*QUESTION, "history"}
+    lost = [name for name in tally.lost(cfg.max_skipped) if name not in exempt]
+    used = [name for name in ["title", *SYSTEM, *QUESTION] if name in tally.used]
+    used += sorted(KNOWN.intersection(tally.used) - {"split", *used})
+    ours = "text" if cfg.kind == "text" else "system" if {*used} & {*TURNS} else "question"
+    as_is = ",".join(f"{'text' if cfg.kind == 'text' else name}:{name}" for name in used)
+    more = "".join(f",{ours}:{name}" for name in lost)
+    hint = f"--fields={as_is}{more} learns them, too" if ours == "text" else f"--fields={as_is}{more} has the model read them"
+    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned ({', '.join(used)})."
+          f" {hint}, --fields={as_is} leaves them out. (--max_skipped=1 goes on, too)")

@@ -9,26 +9,29 @@ from readers.account import Skip
 
 
 # The names that fields have in data sets. Of questions all that are there are joined, of answers there can be but one.
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "meta_instruction")
 QUESTION = ("instruction", "prompt", "question", "query", "context", "input")
 ANSWER = ("output", "answer", "response", "completion", "target")
-TURNS = ("messages", "conversations", "conversation", "dialogue")
-CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response")
-REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response")
+TURNS = ("messages", "conversations", "conversation", "dialogue", "chat")
+CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response", "pos_resp")
+REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response", "neg_resp")
+CHOICES = ("choices", "options", "choice", "option")  # of an exam, or fields A, B, C, D
+LETTERS = "ABCDEFGH"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 THUMB = ("label", "kto_tag")
 RANKING = ("responses", "ranks", "order", "scores")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-CHAT = {"history", "data", "answers", *RANKING, *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED, *REASONING, *TOOLS,
-        *THUMB}
+CHAT = {"history", "data", "answers", *RANKING, *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED, *REASONING,
+        *TOOLS, *THUMB, *CHOICES, *LETTERS}
 TEXT = {"text", "content", "completion", "title", "summary", "sections"}
+KNOWN = CHAT | TEXT | {"split"}
 
 # The fields of one turn.
 SPEAKER = ("role", "from")
 CONTENT = ("content", "value", "text")
 CALLS = ("tool_calls", "function_call")
-WEIGHT = ("weight", "loss", "train", "loss_mask", "trainable", "train_on_turn")
+WEIGHT = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "trainable", "train_on_turn")
 TURN = {*SPEAKER, *CONTENT, *CALLS, *WEIGHT, *REASONING}
 ROLES = {
     **dict.fromkeys(("user", "human", "用户", "问", "q"), "user"),
@@ -88,6 +91,9 @@ def as_text(value, name, glue=""):
     if isinstance(value, dict) and str(value.get("type", "text")).endswith("text"):
         for key in ("text", "value", "content"):
             if isinstance(value.get(key), str):
+                more = [other for other in value if other not in (key, "type") and prose(value[other])]
+                if more:
+                    raise Skip("wrong type", f"{name} holds a part with {key} and {', '.join(more)}: which is the text?")
                 return value[key]
     what = value.get("type", "fields") if isinstance(value, dict) else type(value).__name__
     raise Skip("wrong type", f"{name} holds {what}, wanted text: {brief(value)}")
@@ -120,14 +126,34 @@ def note_rest(item, known, notes, prefix=""):
             notes.ignored[name] = notes.ignored.get(name, 0) + prose(value)  # a conversation has many turns
 
 
+# Numbers that count or tell apart, and flags that say nothing of the answer.
+COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|seed|"
+                      "temperature|offset|start|end|page|level|is_classification|human_verified)s?$", re.IGNORECASE)
+NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete", re.IGNORECASE)
+
+
+def check_marks(item, known, prefix, ours):
+    """Raise Skip where an unknown field says 0 or false beside an answer, or true where its name is a "no": is the
+    answer not to be learned?"""
+    for name, value in item.items():
+        word = str(value).lower()
+        is_no = word in ("0", "0.0", "false") or NEGATIVE.search(name) and word in ("1", "1.0", "true")
+        if is_no and name not in known and not COUNTERS.search(name):
+            hint = f"rename it {ours} (0: not learned), or take it out"
+            if ours == "label":
+                named = ",".join(f"{field}:{field}" for field in filled(item, item) if field in KNOWN - {*THUMB})
+                hint = f"--fields={named},label:{name} leaves out those where it is 0, --fields={named} learns them all"
+            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? {hint}")
+
+
 def prose(value):
     """Characters of text in a field, however deep they lie."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         return sum(prose(part) for part in value)
-    # addresses, numbers and the like are no text: it has spaces, or characters beyond ASCII
-    is_text = isinstance(value, str) and (" " in value or not value.isascii())
+    # addresses, dates, numbers and the like are no text: it has letters, and spaces or characters beyond ASCII
+    is_text = isinstance(value, str) and (" " in value or not value.isascii()) and any(map(str.isalpha, value))
     return len(value) if is_text else 0
 
 
@@ -151,7 +177,7 @@ def there(record):
     if isinstance(record, dict):
         names = f"the fields are {', '.join(map(str, record))}"
         for name, value in record.items():
-            if isinstance(value, list) and value and isinstance(value[0], dict) and name not in CHAT - {"data"}:
+            if isinstance(value, list) and value and isinstance(value[0], dict):
                 names += f" (are the records in {name}? Write them out: jq -c '.{name}[]' FILE > FILE.jsonl)"
         return names
     return f"the record is a {'list' if isinstance(record, list) else 'text'}"

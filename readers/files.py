@@ -1,6 +1,7 @@
 """
 Which files are read, which split each belongs to by its name (train-00.jsonl, test/a.txt), and how often.
 """
+import glob
 import os
 import re
 import sys
@@ -15,27 +16,57 @@ VAL_WORDS = ("val", "valid", "validation", "valset", "dev", "devel", "developmen
              "测试数据", "开发集")
 
 
-def find_files(root, repeat=""):
-    """[(path, split, how often to train on it)] of all readable files at `root`, a file or a folder, sorted."""
-    check(os.path.exists(root), f"--input={root} does not exist (looked in {os.getcwd()}): give a file or a folder")
-    found = [root]
-    if os.path.isdir(root):
-        found = []
-        for folder, _, names in os.walk(root):
-            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    paths = sorted(path for path in found if extension(path) in READERS)
-    others = [path for path in found if extension(path) not in READERS]
+def find_files(given, repeat=""):
+    """[(path, split, how often to train on it)] of all readable files, sorted. given: a file, a folder, a pattern such
+    as "corpus/*.jsonl", or several of these with commas between them."""
+    roots = roots_of(given)
+    found = {}  # path → the root it was found under
+    for root in roots:
+        for path in files_below(root):
+            found.setdefault(path, root)
+    readable = READERS if any(extension(path) in READERS for path in found) else (".bin",)  # token ids stand alone
+    paths = sorted(path for path in found if extension(path) in readable)
+    others = [path for path in found if extension(path) not in readable]
     endings = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others}))
-    check(paths, f"--input={root} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
+    check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
           f" found {len(found)} files with endings: {endings or '-'}")
     if others:
-        print(f"note: {len(others)} of the {len(found)} files under {root} are not read, with endings: {endings}",
+        print(f"note: {len(others)} of the {len(found)} files under {given} are not read, with endings: {endings}",
               file=sys.stderr)
     times = dict(read_names("repeat", repeat, {stem(path) for path in paths}))
-    splits = [split_of_path(path, root) for path in paths]
-    if not {"train", "val"} <= set(splits):  # divided into train-00.jsonl and test-00.jsonl, or folders train/ and test/
-        splits = [None] * len(paths)
+    splits = [split_of_path(path, found[path]) for path in paths]
+    if not {"train", "val"} <= set(splits):
+        splits = [None] * len(paths)  # they are not divided into train-00.jsonl and test-00.jsonl, or train/ and test/
     return [(path, split, times.get(stem(path), 1)) for path, split in zip(paths, splits)]
+
+
+def roots_of(given):
+    """The files and folders that --input names."""
+    roots = []
+    for part in [given] if os.path.exists(given) else given.split(","):
+        matches = [part] if os.path.exists(part) else sorted(glob.glob(part.strip(), recursive=True))
+        check(matches, f"--input={part} does not exist (looked in {os.getcwd()}): give files, folders or patterns")
+        roots += matches
+    return roots
+
+
+def files_below(root):
+    """Yield the files of a folder and of the folders in it, also where they are links; or `root`, where it is a file.
+    Names that begin with a dot are those of caches and the like."""
+    if not os.path.isdir(root):
+        yield root
+        return
+    seen = set()
+
+    def fail_to_read(error):
+        raise error
+
+    for folder, inside, names in os.walk(root, followlinks=True, onerror=fail_to_read):
+        seen.add(os.path.realpath(folder))
+        # a link may lead back to where it stands
+        inside[:] = [name for name in inside if not name.startswith(".")
+                     and os.path.realpath(os.path.join(folder, name)) not in seen]
+        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
 def split_of_path(path, root):

@@ -22,10 +22,14 @@ def breaks_off(error, text):
 
 
 def read_jsonl(raw, _):
-    f = open_text(raw)
+    yield from read_lines(open_text(raw))
+
+
+def read_lines(f):
+    """Yield (number, record) of the lines of a text stream that open_text() made."""
     for number, line in enumerate(f, 1):
         try:
-            text = repair(line, f.encoding).strip(" \t\r\n\0\ufeff")
+            text = repair(line, f.encoding).strip(" \t\r\n\0\x1e\ufeff")
             if text:
                 yield number, DECODER.decode(text)
         except Skip as e:

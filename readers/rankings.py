@@ -4,11 +4,11 @@ Records to a question and its ranked answers, for the reward model and DPO.
 from readers.account import Skip
 from readers.chats import to_prompt
 from readers.fields import ANSWER, CHOSEN, NUMBER, RANKING, REJECTED, THUMB
-from readers.fields import as_list, as_text, filled, is_number, take, there
+from readers.fields import as_list, as_text, brief, filled, is_number, take, there
 from readers.turns import read_turns, said
 
 
-def read_ranks(record, notes):
+def read_ranks(record, prompt, notes):
     """The answers to one question and their ranks, the lowest is the best: responses (or a list of answers) with ranks,
     scores or an order (their indices, best first); one chosen and one or more rejected; a list of answers, best
     first."""
@@ -31,6 +31,8 @@ def read_ranks(record, notes):
         return answers, ranks
     chosen = take(record, notes, *CHOSEN)
     rejected = take(record, notes, *REJECTED)
+    if chosen is None and rejected is not None and prompt and prompt[-1]["role"] == "assistant":
+        chosen = prompt.pop()["content"]  # the conversation ends with the good answer
     if chosen is not None and rejected is not None:
         lists = [name for name in ("responses", "answers", *ANSWER) if isinstance(record.get(name), list)]
         if is_number(chosen) and is_number(rejected) and lists:
@@ -77,7 +79,7 @@ def to_ranking(record, notes):
         raise Skip("no ranked answers", there(record))
     prompt = to_prompt(record, notes)
     system = [m for m in prompt if m["role"] == "system"]
-    answers, ranks = read_ranks(record, notes)
+    answers, ranks = read_ranks(record, prompt, notes)
     # answers that are the whole text from its beginning, after a prompt that asks for them: "…### Response:"
     begin = record.get("prompt")
     is_begin = isinstance(begin, str) and begin.rstrip().endswith((":", "："))
@@ -92,8 +94,13 @@ def to_ranking(record, notes):
             turns = said(text.removeprefix(begin) if is_begin else text, "assistant", is_whole=not prompt)
         if turns and turns[0]["role"] == "assistant":
             turns = prompt + turns
-        elif turns and turns[0]["role"] != "system":
-            turns = system + turns  # the answer comes with the whole conversation
+        else:
+            # the answer comes with the whole conversation
+            if turns and turns[0]["role"] != "system":
+                turns = system + turns
+            texts = "\n".join(m["content"] for m in turns)
+            if not all(m["content"] in texts for m in prompt if m["role"] == "user"):
+                raise Skip("answers to different prompts", f"the prompt is not in what the answer begins with: {brief(texts)}")
         whole.append(turns)
     if not all(turns and all(m["content"] for m in turns) for turns in whole):
         raise Skip("empty", "a question or an answer has no words")

@@ -14,10 +14,10 @@ import lzma
 import os
 import re
 
-from configurator import fail
+from configurator import check, fail
 from readers.account import Part, Skip
 from readers.encodings import open_text, repair
-from readers.json_files import read_json, read_jsonl
+from readers.json_files import BROKEN, DECODER, read_json, read_jsonl, read_lines
 from readers.tables import read_csv, read_parquet
 from readers.zstd import ZstdFile
 
@@ -60,6 +60,28 @@ def read_file(path, raw, txt_document="blank"):
         yield path, Skip("damaged file", f"{type(e).__name__}: {e}; {where}", lost)
 
 
+def records_of(path):
+    """Return the records of a file that must be read as a whole; each line of a .txt is one. Exits where one is broken."""
+    records = []
+    with open(path, "rb") as raw:
+        for where, record in read_file(path, raw, "line"):
+            check(not isinstance(record, Skip), f"{where}: {record}")
+            records.append(record)
+    check(records, f"{path} is empty")
+    return records
+
+
+def read_text(path):
+    """Return the whole text of a file, in whatever encoding. Exits where it is none."""
+    try:
+        with open(path, "rb") as raw:
+            f = open_text(raw)
+            text = "".join(repair(line, f.encoding) for line in f)
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    except Skip as skip:
+        fail(f"{path}: {skip}")
+
+
 def extension(path):
     """".jsonl" of a/B.JSONL.gz"""
     name, ending = os.path.splitext(path.lower())
@@ -73,9 +95,31 @@ def stem(path):
     return os.path.basename(path).split(".")[0]
 
 
+def is_json(line):
+    """Whether a line is a JSON object."""
+    try:
+        return line.startswith(b"{") and isinstance(DECODER.decode(line.decode(errors="replace")), dict)
+    except BROKEN:
+        return False
+
+
+def check_blank_lines(head):
+    """Raise Skip where a .txt has long lines and no blank one among them: is a line a document, or the whole file?"""
+    lines = head.split(b"\n")
+    if len(lines) > 10 and all(map(bytes.strip, lines[:-1])) and len(head) / len(lines) > 500:
+        raise Skip("unclear where documents end", f"no blank line is in it, and its lines are long ({len(head) // len(lines):,}"
+                   " bytes each): --txt_document=line takes each line as a document, --txt_document=file the whole file")
+
+
 def read_txt(raw, txt_document):
     f = open_text(raw)
-    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", f.buffer.peek()):
+    head = f.buffer.peek()
+    if is_json(head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")[0]):
+        yield from read_lines(f)
+        return
+    if txt_document == "blank":
+        check_blank_lines(head)
+    if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):
         txt_document = "marked"  # its documents say themselves where they end
     held = []
     size = 0

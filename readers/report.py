@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 
+from readers.markers import MARKERS
 from tokenizer import load_tokenizer
 
 
@@ -35,6 +36,8 @@ def report(folder):
     for what in ("dropped", "skipped", "cut", "noticed"):
         if meta[what]:
             print(f"  {what}: {listed(meta[what])}")
+    if meta["config"].get("markers") == "keep" and any(reason.endswith(" in a text") for reason in meta["noticed"]):
+        print("  control tokens of other models stand in the texts, letter by letter; --markers=cut ends a text there")
     # files whose records have the same fields make one line
     alike = collections.defaultdict(list)
     for path, fields in meta["fields"].items():
@@ -72,7 +75,8 @@ def peak_memory():
 
 
 def show(folder, count):
-    """Print the first documents of the training split: learned tokens green, others dim; plain text is all learned."""
+    """Print the first documents of the training split: learned tokens green, others dim; plain text is all learned. Of
+    ranked answers it says which is the best. Letters that spell a control token of some model are red."""
     with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
         meta = json.load(f)
     tok = load_tokenizer(folder)
@@ -83,17 +87,36 @@ def show(folder, count):
 
     tokens = memmap("bin", meta["dtype"])
     masks = memmap("mask", np.uint8)
+    groups = memmap("group", np.int32)
     offsets = memmap("idx", np.int64)
     if offsets is None:  # texts follow each other, each ends with <|endoftext|>
-        offsets = np.append(0, np.flatnonzero(tokens[:1_000_000] == tok.eot_id) + 1)
+        ends = np.flatnonzero(tokens[:1_000_000] == tok.eot_id) + 1
+        offsets = np.append(0, ends if len(ends) else len(tokens))
     for i in range(min(count, len(offsets) - 1)):
         part = slice(offsets[i], min(offsets[i + 1], offsets[i] + 1000))
-        ids = tokens[part]
-        mask = np.zeros(len(ids)) if masks is None else masks[part]
-        # one piece after another, each of tokens that are all learned or all not
-        borders = np.flatnonzero(np.diff(mask)) + 1
-        text = ""
-        for piece, learned in zip(np.split(ids, borders), np.split(mask, borders)):
-            colour = "\033[32m" if learned.any() else "\033[2m"
-            text += f"{colour}{tok.decode(piece)}\033[0m"
-        print(f"--- {i + 1}\n{text}")
+        mask = np.zeros(part.stop - part.start, bool) if masks is None else masks[part] > 0
+        print(f"--- {i + 1}{rank_of(i, groups)}\n{coloured(tok, tokens[part], mask)}")
+
+
+def rank_of(i, groups):
+    """Which of the answers to its prompt document i is."""
+    if groups is None:
+        return ""
+    same = np.flatnonzero(groups[:i + 1000] == groups[i])
+    place = i - same[0] + 1
+    return f": prompt {groups[i] + 1}, answer {place} of {len(same)}" + (", the best" if place == 1 else "")
+
+
+def coloured(tok, ids, mask):
+    """The text of ids, in the colours of a terminal."""
+    text = ""
+    # one piece after another: of tokens that are all learned or all not, or one control token
+    is_special = np.isin(ids, list(tok.special_names))
+    borders = np.flatnonzero((np.diff(mask) != 0) | np.diff(is_special)) + 1
+    for piece, learned, special in zip(*(np.split(array, borders) for array in (ids, mask, is_special))):
+        colour = "\033[32m" if learned.any() else "\033[2m"
+        words = tok.decode(piece)
+        if not special.any():
+            words = MARKERS.sub(lambda marker: f"\033[0;31m{marker[0]}\033[0m{colour}", words)
+        text += f"{colour}{words}\033[0m"
+    return text

@@ -9,17 +9,17 @@ sft       messages that end with an answer; "weight": 0 in an answer that is not
 prompts   messages that end with a question
 pairs     {"prompt": messages, "answers": [best, …, worst]}
 
-Nothing is left out in silence: the notes say which fields were used, which ignored, and what was cut off. A record that
+Nothing is left out silently: the notes say which fields were used, which ignored, and what was cut off. A record that
 cannot be used raises Skip with the reason; where it is unclear which field holds what, the reason asks for --fields.
 """
+from common.documents import clean
 from readers.account import Notes, Skip
 from readers.chats import to_conversation, to_question
-from readers.fields import ANSWER, CHAT, CHOSEN, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
+from readers.fields import ANSWER, CHAT, CHOSEN, KNOWN, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
 from readers.fields import as_text, brief, filled, is_blank, is_empty, note_rest, prose, there
 from readers.files import split_of
 from readers.rankings import to_ranking
 from readers.texts import to_text
-
 
 CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}
 
@@ -33,8 +33,9 @@ def convert(record, kind, fields=()):
         raise record
     if not isinstance(record, (dict, list, str)):
         raise Skip("wrong type", f"wanted an object with named fields, got {brief(record)}")
-    notes = Notes()
+    notes = Notes(named=frozenset(ours for ours, _ in fields))
     try:
+        record = known_names(record)
         named = rename(record, fields) if fields else record
         content = CONVERTERS[kind](named, notes)
         if isinstance(record, dict):
@@ -44,11 +45,49 @@ def convert(record, kind, fields=()):
         raise Skip("wrong type", f"{e} in {brief(record)}") from e  # a field holds something unheard of
     if not content:
         raise Skip("empty", brief(record))
-    media = [name for name in MEDIA if isinstance(record, dict) and not is_blank(record.get(name))]
-    if media and kind != "text" and not fields:
+    if isinstance(record, dict):
+        if kind != "text" and not fields:
+            check_media(record)
+        note_values(record, content, notes)
+    return content, notes
+
+
+def known_names(record):
+    """The record with names as they are written here: Question, " question" and QUESTION are question."""
+    if not isinstance(record, dict) or all(name in KNOWN for name in record):
+        return record
+    renamed = {}
+    for name, value in record.items():
+        ours = str(name).strip().lower().replace(" ", "_")
+        renamed[ours if ours in KNOWN and name not in KNOWN and ours not in record else name] = value
+    return renamed
+
+
+def check_media(record):
+    """Raise Skip where pictures, films or sounds belong to the words."""
+    media = [name for name in MEDIA if not is_blank(record.get(name))]
+    if media:
         raise Skip("not text alone", f"the record has {media[0]}, which a model of text cannot see. --fields=… learns "
                    "what it names, without that")
-    return content, notes
+
+
+def note_values(record, content, notes):
+    """Note how much is learned, and what is in the fields that are ignored. It is no loss where it only repeats what is
+    used, or where all that is learned stands in it again."""
+    answers = [content] if isinstance(content, str) else []
+    if isinstance(content, dict):
+        answers = content["answers"]
+    elif isinstance(content, list):
+        answers = [m["content"] for m in content if m["role"] == "assistant"]
+    notes.learned = sum(map(len, answers))
+    everything = words(content)
+    for name, n in notes.ignored.items():
+        value = record.get(name)
+        if n and isinstance(value, str):
+            text = clean(value).strip()
+            if text in everything or answers and all(answer in text for answer in answers):
+                notes.ignored[name] = 0
+        notes.values[name] = hash(str(value)[:1000])
 
 
 def note_split(record, named, fields, notes):
@@ -65,7 +104,8 @@ def rename(record, fields):
     renamed = {}
     for ours, theirs in fields:
         value = record
-        for name in [theirs] if theirs in record else theirs.split("."):  # "meta.text" lies inside of meta
+        whole = theirs if theirs in record else theirs.strip().lower()
+        for name in [whole] if whole in record else theirs.split("."):  # "meta.text" lies inside of meta
             value = value.get(name) if isinstance(value, dict) else None
         if is_empty(value):
             continue
@@ -94,11 +134,33 @@ def are_records(value):
     return all(isinstance(item, dict) and names & set(item) and not filled(item, SPEAKER) for item in value)
 
 
+def rows_of(record):
+    """The rows of a table as pandas writes it in one object: {columns, data: [[…], …]}; {name: {"0": …, "1": …}, …};
+    {"0": {name: …}, "1": …}. None where it is another object."""
+    if isinstance(record.get("columns"), list) and isinstance(record.get("data"), list):
+        if all(isinstance(row, list) and len(row) == len(record["columns"]) for row in record["data"]):
+            return [dict(zip(record["columns"], row)) for row in record["data"]]
+    values = list(record.values())
+    if not values or not all(isinstance(value, dict) and value for value in values):
+        return None
+    if all(str(name).isdecimal() for name in record):
+        return values
+    numbers = list(values[0])
+    if all(str(number).isdecimal() for number in numbers) and all(list(value) == numbers for value in values):
+        return [{name: record[name][number] for name in record} for number in numbers]
+    return None
+
+
 def unfold(record, kind):
-    """The records that are kept in one: a list of documents (WuDao) or of records, also under data; or {instruction,
-    instances: [{input, output}]}."""
+    """The records that are kept in one: a list of documents (WuDao) or of records, also under data; a table; or
+    {instruction, instances: [{input, output}]}."""
+    table = rows_of(record) if isinstance(record, dict) else None
+    if table is not None:
+        yield from table
+        return
     if isinstance(record, dict) and are_records(record.get("data")) and not set(record) & (CHAT | TEXT) - {"data"}:
-        shared = {name: value for name, value in record.items() if name != "data"}
+        inside = {name for one in record["data"] for name in one}
+        shared = {f"outer {name}" if name in inside else name: value for name, value in record.items() if name != "data"}
         # what stands beside them is theirs, but a text is counted once, with the first
         marks = {name: value for name, value in shared.items() if name == "split" or not prose(value)}
         record = [{**(marks if i else shared), **one} for i, one in enumerate(record["data"])]

@@ -5,6 +5,7 @@ import csv
 import re
 
 from readers.account import Skip
+from readers.calls import without_nulls
 from readers.encodings import has_surrogates, open_text, repair
 
 
@@ -18,18 +19,23 @@ def read_csv(raw, _):
         for line in f:
             taken.append(len(line.encode(errors="replace")))
             try:
-                yield repair(line, f.encoding).replace("\0", "")
+                yield repair(line, f.encoding).replace("\0", "").replace("_x000D_", "")  # Excel's \\r
             except Skip:
                 yield line  # a row may have many lines, so it is judged below
 
-    # what separates the names in the header separates the fields
+    # what separates the names in the header separates the fields, if the first line (of Excel) does not say it: sep=;
     head = f.buffer.peek().decode(f.encoding, "ignore")
     header = re.sub('"[^"]*"', "", head).splitlines() or [""]
     separator = "\t" if "\t" in header[0] else max(",;", key=header[0].count)
+    said = re.match(r'\ufeff?"?sep=(.)"?\r?\n', head)
+    if said:
+        separator = said[1]
+        f.readline()
     # in most files with tabs, quotes are no more than that
     is_quoted = separator != "\t" or re.search('(^|\t)"[^"\t]*"(\t|\r|$)', head, re.MULTILINE)
     quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     rows = csv.DictReader(lines(), restkey="more", delimiter=separator, strict=True, quoting=quoting)
+    rows.fieldnames = columns(rows.fieldnames or [])
     while True:
         taken.clear()
         try:
@@ -45,6 +51,8 @@ def read_csv(raw, _):
                 detail += f"; or one that opens {len(taken) - 1} lines before does not close, and all of them are lost"
             yield rows.line_num, Skip("broken CSV", detail, lost=sum(taken[1:]))
             continue
+        if not any(row.values()):
+            continue  # Excel goes on with empty rows
         more = row.get("more")
         if isinstance(more, list) and not any(more):
             del row["more"]  # separators at the end of a line
@@ -57,10 +65,23 @@ def read_csv(raw, _):
         yield rows.line_num, row
 
 
+def columns(names):
+    """The names of the columns of a table, each for one: of two with one name the first would be lost."""
+    names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        numbers = [str(number) for number, name in enumerate(names, 1) if name in twice]
+        raise Skip("two columns of one name", f"columns {', '.join(numbers)} are named {', '.join(sorted(twice))}: "
+                   "give each a name of its own")
+    return names
+
+
 def read_parquet(raw, _):
     import pyarrow.parquet
+    table = pyarrow.parquet.ParquetFile(raw)
+    columns(table.schema_arrow.names)
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=256):
+    for batch in table.iter_batches(batch_size=256):
         for record in batch.to_pylist():
             number += 1
-            yield f"row {number}", record
+            yield f"row {number}", without_nulls(record)

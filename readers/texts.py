@@ -3,7 +3,7 @@ Records to texts for pretraining.
 """
 from common.documents import clean
 from readers.account import Skip
-from readers.fields import QUESTION, as_list, as_text, brief, is_empty, note_rest, prose, take, there
+from readers.fields import QUESTION, as_list, as_text, brief, is_empty, note_rest, take, there
 
 
 def to_text(record, notes):
@@ -28,10 +28,7 @@ def to_text(record, notes):
     if not any(parts):
         if {"text", "content"} & set(record):
             raise Skip("empty", f"{brief(record)}")
-        texts = {name: value for name, value in record.items() if isinstance(value, (str, list))}
-        longest = max(texts, key=lambda name: (prose(texts[name]), len(texts[name])), default="…")
-        raise Skip("no text field", f"{there(record)}; wanted text or content. --fields=text:{longest} learns "
-                   f"{longest}")
+        raise Skip("no text field", f"{there(record)}; wanted text or content")
     for part in parts:
         if not (part is None or isinstance(part, (str, list))):
             raise Skip("wrong type", f"wanted text, got {brief(part)}")

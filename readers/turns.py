@@ -7,14 +7,26 @@ from common.documents import clean
 from readers.account import Skip
 from readers.calls import as_json, call_tools
 from readers.fields import ANSWER, CALLS, CONTENT, QUESTION, REASONING, ROLES, SPEAKER, WEIGHT
-from readers.fields import as_list, as_text, filled, first, is_parts, note_rest, there
-
+from readers.fields import as_list, as_text, brief, check_marks, filled, first, is_parts, note_rest, there
 
 # Those who speak in a transcript are of one of these groups: "A:" between "Human:" and "Assistant:" is a part of what
 # they say, and "B:" after "Q:" and "A:" a choice.
-SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手", "Q|A|B", "问|答", "Instruction|Response")
-TRANSCRIPTS = [re.compile(rf"(?:^|\n|###)[ \t]*<?({names})>?[ \t]*[:：]", re.IGNORECASE) for names in SPEAKERS]
-SYSTEM_FIRST = re.compile(r"\s*(?:###)?[ \t]*<?System>?[ \t]*[:：]", re.IGNORECASE)
+SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手|MOSS|System|Tool|Observation", "Q|A|B", "问|答",
+            "Instruction|Response")
+# Who might speak, too, but as whom? Their words are not to be learned as another's.
+STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Student|Interviewer|Moderator|Speaker ?\\w|"
+             "Person ?\\w|旁白|客服|顾客|客户|医生|患者|病人|老师|学生|律师|主持人|嘉宾|记者|系统|工具|机器人")
+
+
+def line_of(names):
+    """Finds where one of the names begins to speak: "Human:" at the beginning of a line, "### Human:", "<|Human|>:"."""
+    return re.compile(rf"(?:^|\n|###|<eo[ham]>)[ \t]*(?:<\|?|\[)?({names})(?:\|?>|\])?[ \t]*[:：]", re.IGNORECASE)
+
+
+TRANSCRIPTS = [line_of(names) for names in SPEAKERS]
+STRANGER = line_of(STRANGERS)
+SYSTEM_FIRST = line_of("System")
+NAME = re.compile(r"^\s*<\|\w+\|>\s*[:：]\s*")  # "<|Human|>: " before what is Human's anyway
 
 
 def message(role, text, weight=1):
@@ -34,9 +46,10 @@ def said(text, role, is_whole=False, has_answer=False):
     for number, transcript in enumerate(TRANSCRIPTS):
         # split() gives what comes before the first speaker, a speaker, the words, a speaker, the words, …
         before, *parts = transcript.split(text)
-        system = SYSTEM_FIRST.match(before)
+        system = SYSTEM_FIRST.match(before.lstrip())
         speakers = [speaker_of(name.lower()) for name in parts[::2]]
-        if before.strip() and not system or speakers[:1] != ["user"] or "assistant" not in speakers:
+        first_speaker = next((speaker for speaker in speakers[:2] if speaker != "system"), None)
+        if before.strip() and not system or first_speaker != "user" or "assistant" not in speakers:
             continue
         messages = [message(speaker, words) for speaker, words in zip(speakers, parts[1::2])]
         if not messages[-1]["content"]:
@@ -47,8 +60,12 @@ def said(text, role, is_whole=False, has_answer=False):
         # "Q:" and the like stand in many texts: only if they strictly take turns is it a transcript
         if number and (set(speakers[::2]) != {"user"} or set(speakers[1::2]) != {"assistant"}):
             continue
+        stranger = STRANGER.search(text)
+        if stranger and number == 0:
+            raise Skip("unknown speaker", f"who is {stranger[1]!r} in {brief(text)}? Known are {SPEAKERS[0]}. Or write "
+                       "messages: [{role: …, content: …}]")
         if system:
-            messages.insert(0, message("system", before[system.end():]))
+            messages.insert(0, message("system", before.lstrip()[system.end():]))
         return messages
     return [message(role, text)]
 
@@ -57,18 +74,23 @@ def read_turns(value, name, notes, role=None):
     """Messages of a field that holds turns: a list, a single turn, a transcript, or JSON text of these.
 
     A turn is {role|from, content|value|text}; {human: …, assistant: …}; a pair [question, answer]; or a text: texts in
-    a list are said in turns, the user begins. role: who says what does not tell.
+    a list of turns are said in turns, the user begins. role: who says what does not tell.
     """
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
         return said(value, role or "user", is_whole=role is None)
+    if isinstance(value, dict) and value and all(str(key).startswith("turn_") for key in value):
+        value = list(value.values())  # MOSS: {"turn_1": {"Human": …, "MOSS": …}, …}
     messages = []
     for turn in as_list(value, name):
         if isinstance(turn, dict):
             messages += read_turn(turn, name, notes, role)
-            continue
-        for text in turn if isinstance(turn, list) else [turn]:
+        elif isinstance(turn, list):
+            if len(turn) > 2:
+                raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and answer")
+            messages += [message(speaker, as_text(text, name)) for speaker, text in zip(("user", "assistant"), turn)]
+        else:
             asked = messages and messages[-1]["role"] == "user"
-            messages.append(message("assistant" if asked else "user", as_text(text, name)))
+            messages.append(message("assistant" if asked else "user", as_text(turn, name)))
     return messages
 
 
@@ -80,7 +102,7 @@ def read_turn(turn, name, notes, role=None):
         speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
         if speakers:
             note_rest(turn, speakers, notes, f"{name}.")
-            return [message(speaker, as_text(turn[key], name)) for key, speaker in speakers.items()]
+            return [message(speaker, NAME.sub("", as_text(turn[key], name))) for key, speaker in speakers.items()]
     role = ROLES.get(str(speaker).lower())
     if role is None:
         raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
@@ -99,6 +121,8 @@ def read_turn(turn, name, notes, role=None):
     weights = [key for key in WEIGHT if str(turn.get(key)).lower() in ("1", "1.0", "true", "0", "0.0", "false")]
     is_learned = all(str(turn[key]).lower() in ("1", "1.0", "true") for key in weights)
     used = {*SPEAKER, *CALLS, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
+    if role == "assistant":
+        check_marks(turn, used, f"{name}.", "weight")
     note_rest(turn, used, notes, f"{name}.")
     return [message(role, text, weight=int(is_learned))]
 

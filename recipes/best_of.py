@@ -9,7 +9,7 @@ out: a column for each N and each such run
     reward     mean score of the answer that was kept: the measure that the choice was made by
     form       it has exactly the asked number of lines and characters: a rule that the reward model does not know
     rhymes     of those of the right form
-    kl         how far such a choice is from the model it chooses from: log N - (N - 1) / N nats an answer, at most; of a
+    kl         how far such a choice is from the model it chooses from: log N - (N - 1) / N nats per answer, at most; of a
                trained run, as tools/evaluate.py measures it
     seconds    to answer a title, here: N answers, and their scores
 

@@ -14,7 +14,7 @@ a chat run, asked for a poem by form and held-out title
     ends              ended by itself within 256 tokens
     rhymes            of those of the right form: the even lines rhyme (pypinyin, thirteen classes)
     reward            mean score of the reward model
-    kl                nats an answer from the SFT model, at the sampling temperature
+    kl                nats per answer from the SFT model, at the sampling temperature
     examples          three of these poems (text)
 a chat run, asked other things
     identity          who are you, in 20 phrasings, greedy: it says its name, and no clause twice
@@ -23,8 +23,8 @@ a chat run, asked other things
     unrepeated        answers to held-out questions, at sample.py's temperature of 0.8, in which no piece of 6 characters
                       comes twice;  unrepeated_greedy: greedy answers to the same questions. Many ask for the source of an
                       idiom that the model never saw: of a flat distribution the likeliest path runs in circles
-    sft_bits          held-out answers of the instruction data, bits a byte
-    sft_nats          the same, nats a token: the validation loss of sft.py
+    sft_bits          held-out answers of the instruction data, bits per byte
+    sft_nats          the same, nats per token: the validation loss of sft.py
 the reward model
     poem lists, idiom pairs, people    held-out pairs that it puts into the right order, by where they come from
 """

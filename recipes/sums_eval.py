@@ -8,7 +8,7 @@ For each number of digits:
     greedy_thinks   answers that think first;  greedy_length: their tokens
     pass@k          at temperature 1: questions of which one of k answers is right, estimated from --samples answers each
                     to the first --n_sums questions (Chen et al. 2021, eq. 1)
-    thinks, length, entropy     of these samples; entropy in nats a token, -log p of what was sampled
+    thinks, length, entropy     of these samples; entropy in nats per token, -log p of what was sampled
     thinking_right, plain_right     right answers among those that think, and among the others
     examples        the first greedy answer, and the first wrong one (text)
 Intervals of pass@k are those of a share of so many questions: too wide rather than too narrow, as a mean of numbers

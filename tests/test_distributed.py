@@ -3,16 +3,11 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-from oracles import V, config_of
 from small_runs import CPU
-from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from common.distributed import (
     Env, all_sum, batch_starts, check_finite, choose_device, choose_dtype, micro_steps, start)
-from common.loss import cross_entropy
-from model import Transformer
 
 
 def env_of(rank, world):
@@ -79,30 +74,3 @@ def test_a_norm_that_is_not_finite_ends_the_run():
     for norm in (math.nan, math.inf):
         with pytest.raises(SystemExit, match=f"gradient's norm is {norm}. out/here/ckpt.pt is the last good .*0.25"):
             check_finite(norm, cfg, CPU)
-
-
-def test_gradients_travel_while_the_backward_pass_still_runs(tmp_path):
-    """The last layers' gradients travel before the first layers' are made; and only in the last micro-step."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    model = Transformer(config_of("llama", dim=128, n_layers=6, hidden_dim=512, tie_embeddings=False))
-    net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    events = []
-
-    def reduce(state, bucket):
-        events.append("bucket")
-        done = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    net.register_comm_hook(None, reduce)
-    model.blocks[0].attn.qkv.weight.register_post_accumulate_grad_hook(lambda p: events.append("first block"))
-    ids = torch.randint(0, V, (2, 16))
-    for sync in (True, True, False, True):
-        events.clear()
-        net.require_backward_grad_sync = sync
-        cross_entropy(net(ids), model.head_weight, ids).backward()
-        if not sync:
-            assert events == ["first block"]
-    # the first step has one bucket; from the second on DDP has several, in the order in which gradients are made
-    assert events == ["bucket", "first block", "bucket"]
-    dist.destroy_process_group()

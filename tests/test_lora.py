@@ -2,9 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import refused, run, settings
 
-from common.checkpoint import load_checkpoint, load_model
 from common.lora import LoRALinear, adapters_of, add_lora, merge_adapters
 from common.loss import cross_entropy
 from model import ModelConfig, Transformer
@@ -95,27 +93,6 @@ def test_merged_equals_unmerged():
     assert changed == {"attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
 
 
-def test_loss_and_gradients_equal_peft():
-    peft = pytest.importorskip("peft", reason="the oracle is peft")
-    ours, theirs, (ids, targets) = tiny(), tiny(), ids_and_targets()
-    theirs.load_state_dict(ours.state_dict())
-    adapted(ours)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.split("|")), theirs)
-    mapped = {}
-    for name, p in theirs.named_parameters():
-        if ".lora_" in name:  # blocks.0.attn.qkv.lora_A.default.weight
-            mapped[name] = name.replace("lora_A.default.weight", "lora_a").replace("lora_B.default.weight", "lora_b")
-            p.data.copy_(ours.get_parameter(mapped[name]))
-    assert sorted(mapped.values()) == sorted(adapters_of(ours))
-    losses = [loss_of(m, ids, targets) for m in (ours, theirs)]
-    for loss in losses:
-        loss.backward()
-    assert abs(losses[0] - losses[1]) <= 1e-5
-    for name, p in theirs.named_parameters():
-        if name in mapped:
-            assert (p.grad - ours.get_parameter(mapped[name]).grad).abs().max() <= 1e-6, name
-
-
 def test_equals_peft_on_transformers_llama():
     """An independent model too, with q, k, v, gate, up apart: B is cut in pieces and the gradients of A add up."""
     peft = pytest.importorskip("peft", reason="the oracle is peft")
@@ -150,53 +127,3 @@ def test_equals_peft_on_transformers_llama():
     for mine, there in pairs:
         assert (mine.lora_b.grad - torch.cat([m.lora_B.default.weight.grad for m in there])).abs().max() <= 1e-5
         assert (mine.lora_a.grad - sum(m.lora_A.default.weight.grad for m in there)).abs().max() <= 1e-5
-
-
-# ---------------------------------------------------------------------------- whole runs
-
-
-def test_a_run_of_adapters_is_small_and_loads_over_its_base(place, tmp_path, monkeypatch):
-    """Its checkpoint has the adapters and their optimizer's state alone; the base is found from anywhere, a file as well
-    as a folder, and adapters over adapters."""
-    root, tok = place
-    checkpoint, _ = run(settings(root, "sft", f"{tmp_path}/small", lora_rank=2, max_steps=3, lr=1e-2))
-    assert checkpoint["model"] and all("lora_" in name for name in checkpoint["model"])
-    numbers = sum(t.numel() for t in checkpoint["model"].values())
-    moments = sum(t.numel() for s in checkpoint["optimizers"][0]["state"].values() for t in s.values() if t.dim())
-    base = load_checkpoint(f"{root}/base")["model"]
-    assert moments == 2 * numbers and numbers < 0.2 * sum(t.numel() for t in base.values())
-    monkeypatch.chdir(tmp_path)
-    model, tokenizer, _ = load_model("small")
-    assert tokenizer.fingerprint == tok.fingerprint and list(model.state_dict()) == list(base)
-    by_hand = load_model(f"{root}/base")[0]
-    add_lora(by_hand, **checkpoint["lora"])
-    by_hand.load_state_dict(checkpoint["model"], strict=False)
-    ids = torch.randint(0, 400, (2, 20))
-    assert (model.logits(model(ids)) - by_hand.logits(by_hand(ids))).abs().max() <= 1e-5
-    for init_from in ("small", "small/best.pt"):
-        over, _ = run(settings(root, "sft", f"{tmp_path}/over-{init_from[-2:]}", init_from=f"{tmp_path}/{init_from}",
-                               lora_rank=2, max_steps=1))
-        assert over["lora"]["base"] == f"../{init_from}"
-        load_model(f"over-{init_from[-2:]}")
-
-
-def test_another_base_or_rank_is_refused(place, tmp_path):
-    root, _ = place
-    checkpoint, _ = run(settings(root, "sft", f"{tmp_path}/run", lora_rank=2, max_steps=1))
-    assert "'rank': 2" in (words := refused(settings(root, "sft", f"{tmp_path}/run"))) and "None here" in words
-    assert "'rank': 4" in refused(settings(root, "sft", f"{tmp_path}/run", lora_rank=4))
-    checkpoint["lora"]["base_hash"] = "0" * 64
-    torch.save(checkpoint, f"{tmp_path}/run/ckpt.pt")
-    with pytest.raises(SystemExit, match="has other weights now"):
-        load_model(f"{tmp_path}/run")
-
-
-@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
-def test_a_stage_that_starts_from_adapters_or_a_file(place, tmp_path, stage):
-    """Adapters of zero over the base are the base; best.pt can take the folder's place."""
-    root, _ = place
-    run(settings(root, "sft", f"{tmp_path}/zero", lora_rank=2, max_steps=1, lr=1e-30, min_lr=1e-30))
-    ends = [run(settings(root, stage, f"{tmp_path}/{i}", init_from=start, max_steps=1))[0]["model"]
-            for i, start in enumerate(("base", f"{tmp_path}/zero", f"{tmp_path}/zero/best.pt"))]
-    for other in ends[1:]:
-        assert all((other[name] - weight).abs().max() <= 1e-6 for name, weight in ends[0].items())

@@ -10,9 +10,7 @@ from small_runs import CPU
 
 import common.loss as loss_file
 from common.data import Split, pad, shift
-from common.distributed import Env
-from common.loss import (
-    answer_logps, cross_entropy, distillation_loss, score_answers, softmax_nll, text_loss, token_logps)
+from common.loss import answer_logps, cross_entropy, distillation_loss, score_answers, text_loss, token_logps
 from model import ModelConfig, ScalarModel, Transformer
 
 
@@ -31,14 +29,6 @@ def small_chunks(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- by hand
-
-
-def test_softmax_nll_by_hand():
-    """softmax_nll: -log of the target's probability, and softmax minus onehot. Logits ln 1, ln 2, ln 5: 1/8, 2/8, 5/8."""
-    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
-    nll, gradient = softmax_nll(logits, torch.tensor([[1]]))
-    assert nll.tolist() == pytest.approx([math.log(4)])
-    assert gradient[0].tolist() == pytest.approx([1 / 8, 2 / 8 - 1, 5 / 8])
 
 
 def test_log_probs_by_hand():
@@ -70,7 +60,7 @@ def text(n=315):
 
 
 def test_bits_per_byte_by_hand():
-    """A model that knows nothing: ln V nats a token, so log2 V bits a token, over the bytes that a token stands for."""
+    """A model that knows nothing: ln V nats per token, so log2 V bits a token, over the bytes that a token stands for."""
     model = small_model()
     torch.nn.init.zeros_(model.embed.weight)
     val = text()
@@ -174,15 +164,6 @@ def test_scores_are_read_at_the_last_learned_token():
         assert largest(score - model(torch.from_numpy(ids[None, :last + 1]))[0, last]) < 1e-5
 
 
-def test_length_buckets_limit_padding():
-    ends = torch.tensor([3000, 5, 2500, 5, 1200, 1100, 900, 5000])
-    groups = loss_file.length_buckets(ends)
-    assert sorted(torch.cat(groups).tolist()) == list(range(8))
-    for rows in groups:
-        assert len(rows) == 1 or len(rows) * ends[rows].max() <= 4096
-    assert len(groups) == 5  # 5 5 900 1100 together would be 4,400 tokens
-
-
 def test_distillation_loss_equals_a_plain_loop(monkeypatch):
     """distillation_loss: token by token sum p log(p / q), p the teacher's; gradients too; in chunks of 3 rows. From
     oneself there is nothing to learn."""
@@ -222,14 +203,3 @@ def test_the_loss_of_a_text_equals_a_plain_loop(max_tokens):
     loss, bits = text_loss(model, val, 32, 3, max_tokens, CPU)
     assert loss == pytest.approx(nats / n, rel=1e-5)
     assert bits == pytest.approx(nats / math.log(2) / (val.meta["bytes"] * n / len(val.tokens)), rel=1e-5)
-
-
-def test_the_loss_of_a_text_is_shared_among_processes(monkeypatch):
-    model = small_model()
-    val = text()
-    whole = text_loss(model, val, 32, 3, 10**6, CPU)
-    parts = []
-    monkeypatch.setattr(loss_file, "all_sum", lambda values, env: parts.append(values[0].item()) or [sum(parts)])
-    for rank in range(3):
-        loss, bits = text_loss(model, val, 32, 3, 10**6, Env(rank, 3, torch.device("cpu"), torch.float32))
-    assert all(part > 0 for part in parts) and (loss, bits) == pytest.approx(whole, rel=1e-6)

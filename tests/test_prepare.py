@@ -207,20 +207,20 @@ def test_long_conversations_are_cut_after_an_answer(tok_file):
     for length, kept, cut in ((limit, turns[:5], 1), (limit - 1, turns[:3], 1), (1024, turns, 0)):
         folder = run(tok_file, input="a.jsonl", kind="sft", max_length=length, val_fraction=0.0)
         assert render_chat(tok, kept)[0] in folder.rows()
-        assert folder.meta["cut"] == ({"after an answer": 1} if cut else {})
-        assert folder.meta["dropped"] == ({"too long": 2} if cut else {})
+        assert folder.meta["cut"] == ({f"after an answer, at --max_length={length}": 1} if cut else {})
+        assert folder.meta["dropped"] == ({f"longer than --max_length={length}": 2} if cut else {})
         assert all(len(ids) <= length for ids in folder.rows())
 
 
 def test_prompts_and_answers_that_are_too_long_are_dropped(tok_file):
     write("prompts.jsonl", [{"prompt": "问"}, {"prompt": "龘" * 200}])
     assert run(tok_file, input="prompts.jsonl", kind="prompts", val_fraction=0.0, max_length=100).meta["dropped"] == {
-        "too long": 1}
+        "longer than --max_length=100": 1}
     write("pairs.jsonl", [{"prompt": "问", "answers": ["好", "龘" * 200, "坏"]}, {"prompt": "又问", "answers": ["好", "龘" * 200]}])
     folder = run(tok_file, input="pairs.jsonl", kind="pairs", val_fraction=0.0, max_length=100)
     assert folder.learned() == ["好<|im_end|>", "坏<|im_end|>"]
-    assert folder.meta["cut"] == {"answers too long": 2}
-    assert folder.meta["dropped"] == {"fewer than two ranked answers": 1}
+    assert folder.meta["cut"] == {"answers longer than --max_length=100": 2}
+    assert folder.meta["dropped"] == {"fewer than two answers within --max_length=100": 1}
 
 
 def test_answers_of_weight_zero_are_masked(tok_file):
@@ -240,8 +240,24 @@ def test_typed_special_tokens_stay_text(tok_file):
     assert folder.learned() == [attack + "<|im_end|>"]
 
 
+def coloured(text):
+    """g, d and r stand for green (learned), dim and red."""
+    for letter, code in (("g", "32"), ("d", "2"), ("r", "0;31")):
+        text = text.replace(f"\033[{code}m", f"{letter}(")
+    return text.replace("\033[0m", ")")
+
+
 def test_show_colours_what_is_learned(tok_file, capsys):
-    write("a.jsonl", [{"messages": messages("u:问", "a:答")}])
+    write("a.jsonl", [{"messages": messages("u:问", "a:答</s>")}])
     report.show(run(tok_file, input="a.jsonl", kind="sft", val_fraction=0.0).path, 5)
-    assert capsys.readouterr().out == ("--- 1\n\033[2m<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n\033[0m"
-                                       "\033[32m答<|im_end|>\033[0m\033[2m\n\033[0m\n")
+    assert coloured(capsys.readouterr().out) == (
+        "--- 1\nd(<|im_start|>)d(user\n问)d(<|im_end|>)d(\n)d(<|im_start|>)d(assistant\n)"
+        "g(答r(</s>)g()g(<|im_end|>)d(\n)\n")  # letters that spell a control token of some model are red
+
+
+def test_show_says_which_answer_is_the_best(tok_file, capsys):
+    write("a.jsonl", [{"prompt": "上句？", "answers": ["床前明月光", "明月", "不"]}])
+    report.show(run(tok_file, input="a.jsonl", kind="pairs", val_fraction=0.0).path, 5)
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert titles == ["--- 1: prompt 1, answer 1 of 3, the best", "--- 2: prompt 1, answer 2 of 3",
+                      "--- 3: prompt 1, answer 3 of 3"]

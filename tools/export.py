@@ -4,7 +4,7 @@ Take a trained model to other programs, or bring one in from transformers.
     python -m tools.export out/poems-sft --to=hf --out=out/poems-hf         # transformers, vLLM, SGLang
     python -m tools.export out/poems-sft --to=gguf --out=out/poems-gguf     # llama.cpp, ollama
     python -m tools.export out/poems-lora --to=peft --out=out/poems-peft    # a LoRA run's adapters, its base in base/
-    python -m tools.export out/poems-lora --to=merged --out=out/poems-full  # … added to its base: a run like any other
+    python -m tools.export out/poems-lora --to=merged --out=out/poems-full  # … or a run's shards: weights in one file
     python -m tools.export --from=Qwen3-0.6B --out=out/qwen3                # a folder of transformers becomes a run
 
 in:  a run's folder (ckpt.pt, tokenizer.model), or a folder with config.json, *.safetensors and a vocabulary
@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.checkpoint import load_checkpoint, load_model, load_reward_model, save_checkpoint
+from common.sharding import read_shards
 from configurator import check, run
 from tokenizer import load_tokenizer
 from tools.chat_template import CHAT_TEMPLATE  # noqa: F401, what a chat export writes
 from tools.from_hf import read_hf
 from tools.to_gguf import write_gguf
-from tools.to_hf import write_hf, write_hf_reward, write_peft
+from tools.to_hf import run_folder, write_hf, write_hf_reward, write_peft
 from tools.vocabulary import is_tiktoken
 
 
@@ -42,7 +43,7 @@ class Config:
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"  # of the matrices in a GGUF file
 
 
-def note_limits(tok):
+def note_limits(tok, to):
     """Say where the other program cannot give the ids that the model was trained with."""
     if tok.dummy_prefix:
         print("note: this vocabulary puts a space before every text, so no text gives the ids the chat was trained on: "
@@ -50,6 +51,8 @@ def note_limits(tok):
     elif is_tiktoken(tok):
         print("note: this vocabulary merges line breaks, so a message that begins with one gets other ids through the "
               "chat template than in training; all others get the same")
+    if to == "gguf" and tok.settings.get("nfc"):
+        print("note: this vocabulary composes accents first (NFC), and llama.cpp does not: give it composed text")
 
 
 def write_run(model, tok, stage, folder):
@@ -71,14 +74,46 @@ def write_run(model, tok, stage, folder):
 
 
 def write_merged(path, folder):
-    """Write a LoRA run as a run of whole weights, which common.load_model has added up already."""
-    model, tok, checkpoint = load_model(path)
-    check(checkpoint.get("lora"), f"{path} holds no adapters, but whole weights: there is nothing to merge")
+    """Write a run in shards, or of adapters, as a run of whole weights in one file."""
+    checkpoint = load_checkpoint(path, shards_too=True)
+    lora = checkpoint.get("lora")
+    check(lora or checkpoint.get("shards"), f"{path} holds no adapters and no shards, but whole weights: there is "
+          "nothing to merge")
     os.makedirs(folder, exist_ok=True)
+    tok = load_tokenizer(run_folder(path))
     tok.save(os.path.join(folder, "tokenizer.model"))
     # what belongs to training is left behind
-    merged = {**checkpoint, "model": model.state_dict(), "lora": None, "optimizers": [], "scaler": {}}
+    merged = {**checkpoint, "optimizers": [], "scaler": {}, "shards": ""}
+    if checkpoint.get("shards"):
+        merged["model"] = read_shards(checkpoint["shards"])
+        if lora:
+            base = os.path.join(run_folder(path), lora["base"])
+            merged["lora"] = {**lora, "base": os.path.relpath(base, folder)}
+            save_checkpoint(os.path.join(folder, "ckpt.pt"), merged)
+            path = folder
+    if lora:
+        # load_model adds up base and adapters
+        model, _, _ = load_model(path)
+        merged.update(model=model.state_dict(), lora=None)
     save_checkpoint(os.path.join(folder, "ckpt.pt"), merged)
+
+
+def write_for_others(cfg):
+    """Write a run for another program, as cfg.to says."""
+    stage = load_checkpoint(cfg.run)["stage"]
+    tok = load_tokenizer(run_folder(cfg.run))
+    note_limits(tok, cfg.to)
+    if stage == "reward":
+        check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
+        write_hf_reward(load_reward_model(cfg.run, "cpu", tok.fingerprint), tok, cfg.out)
+    elif cfg.to == "peft":
+        write_peft(cfg.run, cfg.out)
+    else:
+        model, _, _ = load_model(cfg.run)
+        if cfg.to == "hf":
+            write_hf(model, tok, stage, cfg.out)
+        else:
+            write_gguf(model, tok, stage, os.path.join(cfg.out, "model.gguf"), cfg.dtype)
 
 
 def main(cfg):
@@ -89,26 +124,15 @@ def main(cfg):
     if cfg.from_:
         model, tok, stage = read_hf(cfg.from_)
         write_run(model, tok, stage, cfg.out)
-        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters. Try python sample.py --out_dir={cfg.out}")
+        n_params = sum(p.numel() for p in model.parameters())
+        print(f"{cfg.out}: {n_params:,} parameters. Try python sample.py --out_dir={cfg.out}")
         return
 
     check(cfg.to == "gguf" or cfg.dtype == "f32", f"--to={cfg.to} writes fp32: --dtype={cfg.dtype} is for --to=gguf")
-    if load_checkpoint(cfg.run)["stage"] == "reward":
-        check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
-        tok = load_tokenizer(cfg.run if os.path.isdir(cfg.run) else os.path.dirname(cfg.run) or ".")
-        note_limits(tok)
-        write_hf_reward(load_reward_model(cfg.run, "cpu", tok.fingerprint), tok, cfg.out)
-    elif cfg.to == "peft":
-        write_peft(cfg.run, cfg.out)
-    elif cfg.to == "merged":
+    if cfg.to == "merged":
         write_merged(cfg.run, cfg.out)
     else:
-        model, tok, checkpoint = load_model(cfg.run)
-        note_limits(tok)
-        if cfg.to == "hf":
-            write_hf(model, tok, checkpoint["stage"], cfg.out)
-        else:
-            write_gguf(model, tok, checkpoint["stage"], os.path.join(cfg.out, "model.gguf"), cfg.dtype)
+        write_for_others(cfg)
     print(f"{cfg.out}: {', '.join(sorted(os.listdir(cfg.out)))}")
 
 

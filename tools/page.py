@@ -67,7 +67,7 @@ def describe_vocabulary(tok):
         "words": words,                                     # cut out of a text before all else
         "user": user,                                       # then these, which sentencepiece cuts out
         "bytes": in_bytes,
-        "control": sorted(set(range(len(pieces))) - {*normal, *words, *user, *in_bytes}),  # no text becomes one of these
+        "control": sorted(set(range(len(pieces))) - {*normal, *words, *user, *in_bytes}),  # no text becomes these
         "rank": None,                                       # None: pieces merge in the order of their ids
         "split": None,                                      # None: sentencepiece
         "nfc": bool(tok.settings.get("nfc")),

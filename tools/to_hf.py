@@ -31,11 +31,32 @@ def write_json(folder, name, value):
         json.dump(value, f, ensure_ascii=False, indent=1)
 
 
+FILE_BYTES = 5 * 10 ** 9  # of one *.safetensors, at most
+
+
 def write_safetensors(folder, name, tensors):
+    """Write {key: tensor} to folder/name; where one file is not enough, to several, and an index of what lies where."""
     safetensors = need("safetensors.torch", "writing *.safetensors")
-    # each a tensor of its own: the format takes no views, and no two names for one memory
-    own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    safetensors.save_file(own, os.path.join(folder, name), metadata={"format": "pt"})
+    files = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += tensor.nbytes
+    file_of = {}
+    for number, part in enumerate(files, 1):
+        file = name
+        if len(files) > 1:
+            file = name.replace(".safetensors", f"-{number:05}-of-{len(files):05}.safetensors")
+        # each a tensor of its own: the format takes no views, and no two names for one memory
+        own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in part.items()}
+        safetensors.save_file(own, os.path.join(folder, file), metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(part, file))
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder, f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": file_of})
 
 
 def opening_ids(tok, stage):
@@ -139,6 +160,12 @@ def peft_adapters(state, config):
     """
     adapters = {}
     for name, a in state.items():
+        if name.endswith(".lora_rows"):
+            tables = ["model.embed_tokens"] if name.startswith("embed.") else ["lm_head"]
+            if config.n_experts and config.tie_embeddings:
+                tables.append("lm_head")    # a mixture of experts is written with a head of its own
+            for table in tables:
+                adapters[f"base_model.model.{table}.token_adapter.trainable_tokens_delta"] = a
         if not name.endswith(".lora_a"):
             continue    # its B is taken with it
         _, layer, module = name.removesuffix(".lora_a").split(".", 2)       # blocks.3.attn.qkv
@@ -167,6 +194,7 @@ def write_peft(path, folder):
     check(lora, f"{path} has no adapters: it was trained without --lora_rank. Export it with --to=hf")
     base, _, _ = load_model(os.path.normpath(os.path.join(run_folder(path), lora["base"])))
     adapters = peft_adapters(checkpoint["model"], base.config)
+    tables = [name.split(".")[-3] for name in adapters if "token_adapter" in name]     # embed_tokens, lm_head
     base_folder = os.path.join(folder, "base")
     write_hf(base, tok, checkpoint["stage"], base_folder)
     write_tokenizer(tok, folder, base.config.max_seq_len, checkpoint["stage"])
@@ -180,5 +208,6 @@ def write_peft(path, folder):
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({name.split(".")[-3] for name in adapters}),   # q_proj, …
+        "target_modules": sorted({name.split(".")[-3] for name in adapters if ".lora_" in name}),   # q_proj, …
+        "trainable_token_indices": {table: lora["rows"] for table in tables} or None,
     })

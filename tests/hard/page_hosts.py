@@ -86,7 +86,8 @@ class Node:
             f.write(NODE.replace("(ASK)", f"({ASK})"))
         with open(files["requests.json"], "w") as f:
             json.dump(requests, f)
-        subprocess.run([self.node, files["host.js"], self.path, files["requests.json"], files["answers.json"]], check=True)
+        words = [self.node, files["host.js"], self.path, files["requests.json"], files["answers.json"]]
+        subprocess.run(words, check=True)
         with open(files["answers.json"], encoding="utf-8") as f:
             return json.load(f)
 

@@ -3,7 +3,7 @@ Several runs, one after another, in the processes that torchrun has started: imp
 
     torchrun --standalone --nproc_per_node=2 tests/hard/ranks.py RUNS.json
 
-RUNS.json: [["pretrain", {setting: value}], ["copy", {"source": folder, "target": folder}], ...]
+RUNS.json: [["pretrain", {setting: value}], ["copy", {"source": folder, "target": folder}], ["begin", {…}], ...]
 
 Not a test file.
 """
@@ -23,8 +23,9 @@ def run_in_ranks(processes, runs, file):
         json.dump(runs, f)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["tests/hard/ranks.py", str(file)]
+    path = os.pathsep.join([ROOT, f"{ROOT}/tests", f"{ROOT}/tests/hard"])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONPATH": ROOT})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -43,6 +44,9 @@ def main(path):
         if name == "copy":
             if dist.get_rank() == 0:
                 shutil.copytree(settings["source"], settings["target"])
+            continue
+        if name == "begin":
+            importlib.import_module("test_sharding").begin(settings)
             continue
         stage = importlib.import_module(name)
         stage.finish = stay

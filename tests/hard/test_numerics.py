@@ -6,9 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from oracles import C, KINDS, T, V, random_model
+from oracles import C, KINDS, T, V, config_of, random_model
 from small_runs import CPU, forget_run, run, settings
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.loss as loss_file
@@ -18,6 +20,8 @@ import sft
 from common.distributed import can_compile
 from common.generate import generate
 from common.loss import chunk_size, cross_entropy, token_logps
+from common.optim import Muon
+from model import ModelConfig, Transformer
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
 
@@ -378,3 +382,83 @@ def test_gpu_equals_cpu(kind):
         half = loss_of(cuda, gpu_ids[:, :-1], gpu_ids[:, 1:])
         half.backward()
     assert half.item() == pytest.approx(loss.item(), abs=0.05)
+
+
+def test_the_oracle_sees_every_switch():
+    """Each special feature must change the logits: otherwise the parity above would not notice that it is missing."""
+    ids = torch.randint(0, V, (1, T))
+    with torch.no_grad():
+        for kind, spoil in [("qwen2", lambda m: m.blocks[0].attn.qkv.bias.zero_()),
+                            ("qwen3", lambda m: m.blocks[0].attn.k_norm.weight.fill_(1)),
+                            ("llama", lambda m: m.blocks[1].ffn_norm.weight.fill_(1)),
+                            ("dots1", lambda m: m.blocks[1].ffn.bias.zero_()),
+                            ("dots1", lambda m: setattr(m.blocks[1].ffn, "scale", 1.0)),
+                            ("dots1", lambda m: setattr(m.blocks[1].ffn, "shared", None))]:
+            ours = random_model(kind, 1)
+            before = logits_of(ours, ids)
+            spoil(ours)
+            assert largest(logits_of(ours, ids) - before) > 1e-3, kind
+
+
+def test_rotation_at_far_positions():
+    """The unit vector of pair i is turned by position * theta^(-2i/D), computed here in double precision."""
+    config = ModelConfig(max_seq_len=32768, rope_theta=1e6, dim=64, n_heads=1)
+    cos, sin = (table[:, None] for table in model_file.rope_table(config))
+    for i in (0, 5, 31):
+        turned = model_file.rotate(F.one_hot(torch.tensor(i), 64).float().expand(1, 32768, 1, 64), cos, sin)
+        for position in (0, 1, 1000, 32767):
+            angle = position * 1e6 ** (-2 * i / 64)
+            wanted = torch.zeros(64)
+            wanted[i], wanted[i + 32] = math.cos(angle), math.sin(angle)
+            assert largest(turned[0, position, 0] - wanted) < 4e-3
+
+
+def test_gradients_travel_while_the_backward_pass_still_runs(tmp_path):
+    """The last layers' gradients travel before the first layers' are made; and only in the last micro-step."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    model = Transformer(config_of("llama", dim=128, n_layers=6, hidden_dim=512, tie_embeddings=False))
+    net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    events = []
+
+    def reduce(state, bucket):
+        events.append("bucket")
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    net.register_comm_hook(None, reduce)
+    model.blocks[0].attn.qkv.weight.register_post_accumulate_grad_hook(lambda p: events.append("first block"))
+    ids = torch.randint(0, V, (2, 16))
+    for sync in (True, True, False, True):
+        events.clear()
+        net.require_backward_grad_sync = sync
+        cross_entropy(net(ids), model.head_weight, ids).backward()
+        if not sync:
+            assert events == ["first block"]
+    # the first step has one bucket; from the second on DDP has several, in the order in which gradients are made
+    assert events == ["bucket", "first block", "bucket"]
+    dist.destroy_process_group()
+
+
+def test_length_buckets_limit_padding():
+    ends = torch.tensor([3000, 5, 2500, 5, 1200, 1100, 900, 5000])
+    groups = loss_file.length_buckets(ends)
+    assert sorted(torch.cat(groups).tolist()) == list(range(8))
+    for rows in groups:
+        assert len(rows) == 1 or len(rows) * ends[rows].max() <= 4096
+    assert len(groups) == 5  # 5 5 900 1100 together would be 4,400 tokens
+
+
+def test_muon_multiplies_in_the_dtype_of_matmuls():
+    """Where matmuls are in bf16, Muon's are, and the step differs by no more than bf16 rounds."""
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 32))
+        before = p.detach().clone()
+        p.grad = torch.randn(64, 32)
+        Muon([p], lr=0.1, dtype=dtype).step()
+        assert p.dtype == torch.float32
+        steps.append(p.detach() - before)
+    exact, rounded = steps
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()

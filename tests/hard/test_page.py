@@ -1,16 +1,16 @@
 """
-tools/page.py: the page computes what model.py, tokenizer.py and generate.py compute, in node and in Chromium, and does
-what its buttons say. Tiny random models. The same tests on runs of your own, with numbers printed:
+tools/page.py: the page computes what model.py, tokenizer.py and generate.py compute, in node and in Chromium. Tiny
+random models; the same tests on runs of your own, with numbers printed:
 
-    PAGE_RUNS=out/poems,out/poems-sft PAGE_REWARD=out/poems-reward pytest -s tests/hard/test_page.py -k real
+    PAGE_RUNS=out/poems,out/poems-sft,out/poems-ppo,out/poems-dpo PAGE_REWARD=out/poems-reward \\
+        pytest -s tests/hard/test_page.py tests/hard/test_page_views.py
 """
-import contextlib
 import os
 import random
 import struct
 import sys
 import time
-from typing import NamedTuple
+import unicodedata
 
 import numpy as np
 import pytest
@@ -18,152 +18,20 @@ import torch
 import torch.nn.functional as F
 
 import tokenizer
-from common.checkpoint import load_model, load_reward_model, save_checkpoint
-from configurator import load_config
+from common.checkpoint import load_model, load_reward_model
 from common.generate import filter_logits, generate
-from model import ModelConfig, ScalarModel, Transformer
+from configurator import load_config
 from oracles import random_model
-from page_hosts import Chromium, Node, chromium, read_page
-from test_tokenizer import POEMS, TRAPS, llama2_like, rank_file
+from page_hosts import Chromium, Node, read_page
+from page_runs import (JUDGE, REAL, answer_job, browser, host, logits_of, made, make, opened_in,  # noqa: F401
+                       prompts_of, quantised_models, save_run, tok_file, write_page, write_runs)
+from test_tokenizer import POEMS, TRAPS
+from test_vocabulary import rank_file, train_sentencepiece
 from tokenizer import load_tokenizer, render_chat, train_tokenizer
 from tools import page
 from tools.vocabulary import NORMAL, protobuf_fields
 
-REAL = [path for path in os.environ.get("PAGE_RUNS", "").split(",") if path]
-JUDGE = os.environ.get("PAGE_REWARD", "")
 QUESTION = [{"role": "user", "content": "床前明月光"}]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="session")
-def tok_file(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("tok") / "tokenizer.model")
-    train_tokenizer(POEMS * 50, path, 400, 1.0)
-    return path
-
-
-def save_run(folder, model, tok, stage):
-    os.makedirs(folder, exist_ok=True)
-    tok.save(os.path.join(folder, "tokenizer.model"))
-    save_checkpoint(os.path.join(folder, "ckpt.pt"), {
-        "stage": stage, "model": model.state_dict(), "model_config": vars(model.config), "fingerprint": tok.fingerprint})
-    return str(folder)
-
-
-def moved(model, by, seed):
-    """Return a copy of a model whose weights are a little elsewhere, as after some training."""
-    g = torch.Generator().manual_seed(seed)
-    other = type(model)(model.config).eval()
-    state = {name: w + by * w.abs().mean() * torch.randn(w.shape, generator=g) for name, w in model.state_dict().items()}
-    other.load_state_dict(state)
-    return other
-
-
-def write_runs(folder, tok, kind, room=96):
-    """Write four runs: pretrained, SFT, PPO, a reward model; return (paths of the writers, path of the reward model)."""
-    sft = random_model(kind, vocab_size=tok.vocab_size, max_seq_len=room)
-    with torch.no_grad():
-        sft.head_weight[tok.im_end_id] *= 1.5  # so that an answer ends now and then
-    judge = ScalarModel(sft.config)
-    judge.trunk.load_state_dict(sft.state_dict(), strict=False)
-    paths = []
-    for name, by, stage in (("poems", 1.0, "pretrain"), ("poems-sft", 0.0, "sft"), ("poems-ppo", 0.03, "ppo")):
-        paths.append(save_run(folder / name, moved(sft, by, len(paths)), tok, stage))
-    return paths, save_run(folder / "poems-reward", judge, tok, "reward")
-
-
-def write_page(paths, judge, out):
-    cfg = page.Config(runs=",".join(paths), reward_from=judge, out=str(out))
-    page.main(cfg)
-    return str(out)
-
-
-def quantised_models(path):
-    """Return torch's models with the int8 weights that lie in a page: (writers, reward model or None)."""
-    about, dicts = read_page(path)
-    models = []
-    for meta, weights in zip(about["runs"], dicts):
-        kind = ScalarModel if meta["stage"] == "reward" else Transformer
-        model = kind(ModelConfig(**meta["config"]))
-        if kind is ScalarModel and not meta["config"]["tie_embeddings"]:
-            weights.pop("trunk.lm_head.weight", None)
-        model.load_state_dict(weights, strict=True)
-        models.append(model.eval())
-    judges = [model for model in models if isinstance(model, ScalarModel)]
-    return [model for model in models if model not in judges], judges[0] if judges else None
-
-
-class Made(NamedTuple):
-    page: str       # path of the HTML
-    paths: list     # of the runs that write
-    judge: str      # path of the reward model, or ""
-    tok: object
-
-
-@pytest.fixture(scope="session")
-def make(tmp_path_factory, tok_file):
-    """A function: kind of model -> Made, each made once."""
-    made = {}
-
-    def of_kind(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            paths, judge, tok = REAL, JUDGE, load_tokenizer(REAL[0] if REAL else tok_file)
-            if not REAL:
-                paths, judge = write_runs(folder, tok, kind)
-            made[kind] = Made(write_page(paths, judge, folder / "page.html"), paths, judge, tok)
-        return made[kind]
-
-    return of_kind
-
-
-@pytest.fixture(scope="session")
-def made(make):
-    return make("real" if REAL else "qwen3")
-
-
-@contextlib.contextmanager
-def opened_in(where, path, request, folder):
-    """Open a page in node or in Chromium; there nothing may be said on the console, and nobody be asked."""
-    if where == "node":
-        yield Node(str(folder)).open(path)
-        return
-    host = Chromium(request.getfixturevalue("browser"))
-    yield host.open(path)
-    assert not host.said, "nothing is to be said on the console"
-    assert all(url.startswith(("file:", "blob:")) for url in host.asked), "the page asks nobody"
-    host.close()
-
-
-HOSTS = [("node", "llama"), ("node", "llama_gqa"), ("node", "qwen2"), ("node", "qwen3"), ("chromium", "qwen3")]
-
-
-@pytest.fixture(params=[("node", "real"), ("chromium", "real")] if REAL else HOSTS, ids="-".join)
-def host(request, make, tmp_path):
-    """An open page of every kind of model, with what is inside it as host.made."""
-    where, kind = request.param
-    with opened_in(where, make(kind).page, request, tmp_path) as host:
-        host.made = make(kind)
-        yield host
-
-
-def prompts_of(tok, n, longest, seed=0):
-    """Return n lists of ids: beginnings of texts, and questions in the chat template."""
-    numbers = random.Random(seed)
-    letters = "床前明月光疑是地上霜举头望低思故乡白日依山尽黄河入海流春风又秋水江雪，。\n"
-    prompts = []
-    for i in range(n):
-        text = "".join(numbers.choices(letters, k=numbers.randrange(1, longest)))
-        if i % 2:
-            prompts.append(render_chat(tok, [{"role": "user", "content": text}], add_generation_prompt=True)[0])
-        else:
-            prompts.append([tok.eot_id] + tok.encode(text))
-    return prompts
 
 
 # ---------------------------------------------------------------------------- tokens
@@ -172,13 +40,15 @@ def prompts_of(tok, n, longest, seed=0):
 def lines_of(n):
     """Return n lines that are easy, odd or broken: poems and traps cut and put together anew, and any characters."""
     numbers = random.Random(0)
-    bits = [trap[:40] for trap in TRAPS] + POEMS + list("床前明月光，。1234567890 　▁\t\n'") + [
-        "'s", "'Ll", "'ſ", "don't", "\x85", "\xa0", "<|im_end|>", "system", "user", "assistant", "hell", "😀", "é", "½", "Ⅷ", "<think>"]
+    bits = [trap[:40] for trap in TRAPS] + POEMS + list("床前明月光，。1234567890 　▁\t\n'😀é½Ⅷ\x85\xa0")
+    bits += ["'s", "'Ll", "'ſ", "don't", "<|im_end|>", "system", "user", "assistant", "hell", "<think>"]
     lines = []
     for _ in range(n):
         parts = numbers.choices(bits, k=numbers.randrange(6))
-        parts.append("".join(chr(numbers.choice((numbers.randrange(32, 0x2100), numbers.randrange(0x4e00, 0x9fff),
-                                                 numbers.randrange(0x10000, 0x1ffff)))) for _ in range(5)))
+        others = [chr(numbers.choice((numbers.randrange(32, 0x2100), numbers.randrange(0x4e00, 0x9fff),
+                                      numbers.randrange(0x10000, 0x1ffff)))) for _ in range(5)]
+        # characters that Python does not know yet may be letters in a browser
+        parts += [c for c in others if unicodedata.category(c) != "Cn"]
         lines.append("".join(parts))
     return lines
 
@@ -194,7 +64,7 @@ def test_ids_equal_the_tokenizers(where, family, request, tmp_path, tok_file, mo
         # the same pieces with the scores of others: the order to merge in is not that of the ids any more
         shuffled_scores(tok_file, path)
     elif family == "dummy prefix":
-        llama2_like(path)
+        train_sentencepiece(path)
     elif family.startswith("ranks"):
         ranks = rank_file(path)
         if "digits" in family:
@@ -300,38 +170,6 @@ def test_logits_attention_and_lens_equal_torchs(host):
     assert worst["logits"] < 1e-4 and worst["lens"] < 1e-4 and worst["attention"] < 1e-4
 
 
-def logits_of(model, ids, seen=None):
-    """Return the logits (T, V) of a row. seen: gets streams, [(1, T, C)], and the last token's attention, (L * H, T)."""
-    if seen is None:
-        return model.logits(model(torch.tensor([ids])))[0].double()
-    streams = []
-    queries = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: streams.append(args[0])) for block in model.blocks]
-    hooks.append(model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0])))
-    plain = F.scaled_dot_product_attention
-
-    def listen(q, k, v, *rest, **named):
-        k_all = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
-        scores = (q[:, :, -1:] @ k_all.transpose(-1, -2)).squeeze(2) / q.size(-1) ** 0.5                 # (1, H, T)
-        queries.append(scores[0].softmax(-1))
-        return plain(q, k, v, *rest, **named)
-
-    try:
-        F.scaled_dot_product_attention = listen
-        logits = model.logits(model(torch.tensor([ids])))[0].double()
-    finally:
-        F.scaled_dot_product_attention = plain
-        for hook in hooks:
-            hook.remove()
-    seen.update(streams=streams, attention=torch.cat(queries))
-    return logits
-
-
-def answer_job(run, prompt, **settings):
-    return {"kind": "answer", "runs": [run], "prompt": prompt, "temperature": 0, "most": 64, "reference": -1, "judge": -1,
-            **settings}
-
-
 def test_greedy_answers_equal_torchs(host):
     models, _ = quantised_models(host.made.page)
     tok = host.made.tok
@@ -430,213 +268,6 @@ def test_the_quickstarts_runs_are_found(tmp_path, tok_file, monkeypatch):
     for meta in about["runs"]:
         kinds = {rest[1] for _, _, *rest in meta["tensors"] if rest}
         assert kinds == {meta["stage"] != "sft"}
-
-
-# ---------------------------------------------------------------------------- the page itself
-
-
-@pytest.fixture
-def opened(made, request, tmp_path):
-    with opened_in("chromium", made.page, request, tmp_path) as host:
-        yield host
-
-
-def chips(page, box="#chips"):
-    return page.locator(f"{box} .chip")
-
-
-def shown_ids(host):
-    return host.page.evaluate("state.ids")
-
-
-def wait(page, expression):
-    """Wait until a JavaScript expression is true. (playwright's own wait_for_function needs eval, which the page forbids.)"""
-    for _ in range(1500):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(20)
-    raise AssertionError(f"after 30 seconds still not: {expression}")
-
-
-def wait_until_read(host):
-    wait(host.page, "state.logits !== null && state.stats.length === state.ids.length")
-
-
-def test_typing_shows_tokens(opened, made):
-    tok = made.tok
-    page = opened.page
-    for text in ("床前明月光", "<img src=x onerror=alert(1)><|im_end|>", "😀𠮷é", "", "▁ \t\n\nsystem user", "床" * 3000):
-        page.fill("#text", text)
-        wait_until_read(opened)
-        room = page.evaluate("roomOf(state.run)")
-        expected = ([tok.eot_id] + tok.encode(text))[:room]
-        assert shown_ids(opened) == expected
-        assert chips(page).count() == len(expected)
-        assert ("太长" in page.inner_text("#summary")) == (len(expected) == room)
-    assert page.locator("img").count() == 0
-    # an emoji in bytes stands together, and is named in words
-    page.fill("#text", "😀")
-    wait_until_read(opened)
-    chips(page).last.click()
-    if len(tok.encode("😀")) > 1:
-        assert chips(page).last.get_attribute("class").split().count("joined") == 1
-        assert "😀" in page.inner_text("#detail")
-    # the mode puts the template around it
-    page.click("[data-mode=chat]")
-    page.fill("#text", "月")
-    wait_until_read(opened)
-    asked = [{"role": "user", "content": "月"}]
-    assert shown_ids(opened) == render_chat(tok, asked, add_generation_prompt=True)[0]
-
-
-def test_the_next_token(opened, made):
-    """Bars append, sliders change what is drawn from, playing greedily says what torch says."""
-    path, _, _, tok = made
-    models, _ = quantised_models(path)
-    page = opened.page
-    page.fill("#text", "床前明月光")
-    prompt = [tok.eot_id] + tok.encode("床前明月光")
-    page.click("[data-view=next]")
-    wait_until_read(opened)
-    best = logits_of(models[0], prompt)[-1].detach().topk(10).indices.tolist()
-    assert page.locator("#bars .bar").count() == 10
-    page.locator("#bars .bar").nth(2).click()
-    wait_until_read(opened)
-    assert shown_ids(opened) == prompt + best[2:3]
-    page.click("#clear")
-    wait_until_read(opened)
-    assert shown_ids(opened) == prompt and page.is_disabled("#clear")
-    slide(page, "top_k", 3)
-    assert page.locator("#bars .bar.out").count() == 7
-    slide(page, "temperature", 0)
-    page.keyboard.press("Escape")
-    page.locator("body").press(" ")  # the space bar plays
-    wait(page, "!playing && state.added.length > 0")
-    said = shown_ids(opened)[len(prompt):]
-    n = models[0].config.max_seq_len - len(prompt)
-    expected, = generate(models[0], [prompt], n, temperature=0, stop_ids=[tok.eot_id, tok.im_end_id])
-    assert said == expected
-
-
-def slide(page, name, value):
-    page.evaluate("""([name, value]) => {
-        $(name).value = value;
-        $(name).dispatchEvent(new Event("input"));
-    }""", [name, value])
-
-
-def test_attention_and_layers(opened, made):
-    path, _, _, tok = made
-    models, _ = quantised_models(path)
-    config = models[0].config
-    page = opened.page
-    page.fill("#text", "床前明月光，疑是地上霜")
-    page.click("[data-view=inside]")
-    page.wait_for_selector("#maps button")
-    heads = page.locator("#maps button")
-    assert heads.count() == config.n_layers * config.n_heads
-    chips(page).nth(3).click()
-    wait(page, "state.looked && state.looked.at === 3")
-    page.locator("#maps button[data-head='1']").click()
-    ids = shown_ids(opened)
-    seen = {}
-    with torch.no_grad():
-        logits_of(models[0], ids[:4], seen)
-    for at in range(4):
-        share = float(chips(page).nth(at).locator("i").inner_text().strip("<%"))
-        assert share == pytest.approx(100 * seen["attention"][1, at].item(), abs=0.11)
-    assert page.locator("#lens .guess").count() == 5 * (config.n_layers + 1)
-    # the frame marks what the last layer says
-    assert page.locator("#lens .guess").nth(5 * config.n_layers).get_attribute("class") == "guess final"
-
-
-def test_from_an_answer_to_its_tokens(opened, made):
-    path, paths, judge, tok = made
-    page = opened.page
-    page.click("[data-view=compare]")
-    page.fill("#question", "床前")
-    page.click("#ask")
-    cards = page.locator("#answers .card")
-    wait(page, "document.querySelector('#answers .card:last-child .note').textContent.includes('ln')")
-    assert cards.count() == len(paths)
-    if judge and page.locator("#answers .score .number").count():  # an answer that fills the model is not scored
-        assert page.locator("#answers .score.best").count() >= 1
-    card = cards.nth(len(paths) - 1)
-    texts = card.locator(".text span")
-    texts.first.hover()
-    assert "SFT" in card.locator(".note").inner_text()
-    n = texts.count()
-    texts.nth(n - 1).click()
-    wait_until_read(opened)
-    prompt = render_chat(tok, [{"role": "user", "content": "床前"}], add_generation_prompt=True)[0]
-    ids = shown_ids(opened)
-    assert page.evaluate("state.view") == "tokens" and ids[:len(prompt)] == prompt
-    room = page.evaluate("roomOf(state.run)")
-    assert len(ids) == min(len(prompt) + n, room) and page.evaluate("focus()") == len(ids) - 1
-    assert page.evaluate("state.run") == len(paths) - 1 and page.input_value("#run") == str(len(paths) - 1)
-
-
-def test_the_template_shows_the_mask(opened, made):
-    tok = made.tok
-    page = opened.page
-    page.click("[data-view=template]")
-    page.locator("#turns textarea").nth(1).fill("月。")
-    page.click("#fewer")
-    page.click("#system")
-    turns = page.evaluate("turns")
-    assert [turn["role"] for turn in turns] == ["system", "user", "assistant"] and turns[2]["content"] == "月。"
-    for counts in (1, 0):
-        ids, mask = render_chat(tok, [*turns[:2], {**turns[2], "weight": counts}])
-        room = page.evaluate("roomOf(state.run)")
-        wait(page, f"document.querySelectorAll('#row .chip').length === {min(len(ids), room)}")
-        classes = [chip.get_attribute("class").split() for chip in chips(page, "#row").all()]
-        assert [int("counted" in names) for names in classes] == mask[:room]
-        page.locator("#turns input").uncheck()
-
-
-def test_keys(opened):
-    page = opened.page
-    wait_until_read(opened)
-    page.locator("body").press("3")
-    assert page.evaluate("state.view") == "inside"
-    page.locator("body").press("1")
-    page.locator("body").press("ArrowLeft")
-    before = page.evaluate("focus()")
-    page.locator("body").press("ArrowRight")
-    assert page.evaluate("focus()") == before + 1
-    page.locator("body").press("]")
-    assert page.evaluate("state.run") == page.evaluate("writers[1]")
-    page.locator("#text").press("4")  # in the text it is a character
-    assert page.evaluate("state.view") == "tokens" and "4" in page.input_value("#text")
-    page.locator("#views [aria-selected=true]").press("ArrowRight")
-    assert page.evaluate("state.view") == "next"
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits(browser, made, width, theme):
-    """Nothing is wider than a phone, and the theme is the system's until its button is pressed."""
-    host = Chromium(browser, viewport={"width": width, "height": 844}, color_scheme=theme)
-    page = host.open(made.page).page
-    for view in ("tokens", "next", "inside", "compare", "template"):
-        page.click(f"[data-view={view}]")
-        if view == "compare":
-            wait(page, "!document.querySelector('#answers .writing')")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-    assert page.evaluate("document.documentElement.dataset.theme") == theme
-    page.click("#theme")
-    assert page.evaluate("document.documentElement.dataset.theme") != theme
-    assert not host.said
-    host.close()
-
-
-def test_old_browsers_are_told(browser, made):
-    for missing in ("DecompressionStream", "Worker"):
-        host = Chromium(browser)
-        host.context.add_init_script(f"delete window.{missing}")
-        page = host.open(made.page, wait_for="#old:not([hidden])").page
-        assert "太旧" in page.inner_text("#old") and page.is_hidden("#app") and not host.said
-        host.close()
 
 
 # ---------------------------------------------------------------------------- numbers, of real runs alone

@@ -17,6 +17,7 @@ from configurator import load_config
 from prepare import Config
 from prepared import POEMS, Folder, corpus, messages, read_all, run, small_tokenizer, write
 from readers import records, report
+from readers.folder import clear_leftovers
 from tokenizer import load_tokenizer, render_chat
 
 SCRIPT = os.path.abspath(prepare.__file__)
@@ -151,7 +152,7 @@ def test_killed_between_the_two_renames(tok_file):
     old = read_all(run(tok_file))
     os.rename("data/x", "data/x.old")
     os.makedirs("data/x.tmp")
-    prepare.clear_leftovers("data/x")
+    clear_leftovers("data/x")
     assert os.listdir("data") == ["x"] and read_all(Folder("data/x")) == old
 
 
@@ -338,7 +339,7 @@ def test_repeated_conversations_are_counted_once(tok_file):
     os.mkdir("in")
     write("in/a.jsonl", [{"prompt": f"问{i}", "response": "答" if i else "龘" * 400} for i in range(10)])
     folder = run(tok_file, kind="sft", repeat="a:3", max_length=200, val_fraction=0.0)
-    assert folder.meta["dropped"] == {"too long": 1} and folder.meta["kept"] == 9 and len(folder.rows()) == 27
+    assert folder.meta["dropped"] == {"longer than --max_length=200": 1} and folder.meta["kept"] == 9 and len(folder.rows()) == 27
 
 
 def test_of_a_document_in_two_files_the_held_out_one_wins(tok_file):
@@ -425,4 +426,4 @@ def test_long_conversations_end_with_an_answer_to_learn(tok_file):
     limit = len(render_chat(tok, turns)[0]) - 1
     folder = run(tok_file, kind="sft", max_length=limit, val_fraction=0.0)
     assert folder.rows() == [render_chat(tok, turns[:2])[0]]
-    assert folder.meta["cut"] == {"after an answer": 1}
+    assert folder.meta["cut"] == {f"after an answer, at --max_length={limit}": 1}

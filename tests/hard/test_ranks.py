@@ -98,8 +98,9 @@ def test_processes_compute_what_one_does(together, processes, name):
     records = read_log(one.out_dir)
     assert records[-1]["step"] == one.max_steps
     assert_same(records, read_log(several.out_dir), atol=1e-4 if "uneven" in name else 2e-5)
-    a, b = load_checkpoint(one.out_dir), load_checkpoint(several.out_dir)
-    assert_same(dict(a["model"]), dict(b["model"]), atol=1e-5)
+    a, b = load_checkpoint(one.out_dir), load_checkpoint(several.out_dir, shards_too=True)
+    if "shards" not in name:
+        assert_same(dict(a["model"]), dict(b["model"]), atol=1e-5)
     assert a["best_val"] == pytest.approx(b["best_val"], abs=1e-4)
     if "experts" in name:
         assert a["model"]["blocks.1.ffn.bias"].any()

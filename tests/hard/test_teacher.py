@@ -1,15 +1,12 @@
 """What grpo.py can also do: a teacher that judges each token (on-policy distillation), and adapters (LoRA)."""
-import os
-
 import pytest
 import torch
-from pairs import check_ten_and_ten, make_run, place, read_log, write_folder  # noqa: F401 - place is a fixture
+from small_runs import make_run, run, settings
 
 import grpo
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from common.lora import WithoutAdapters, add_lora
 from model import ModelConfig, Transformer
-from tokenizer import render_chat
 
 
 def test_the_advantage_is_the_gradient_of_the_reverse_kl():
@@ -28,39 +25,26 @@ def test_the_advantage_is_the_gradient_of_the_reverse_kl():
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def folders(place):  # noqa: F811
-    root, tok = place
-    if not os.path.exists(f"{root}/prompts"):
-        prompts = [render_chat(tok, [{"role": "user", "content": f"{i}春"}], add_generation_prompt=True) for i in range(20)]
-        write_folder(f"{root}/prompts", tok, "prompts", {"train": prompts, "val": prompts[:8]})
-        make_run(f"{root}/teacher", tok, seed=2)
-        # a random model finds all tokens nearly equally likely: this teacher has opinions
-        checkpoint = load_checkpoint(f"{root}/teacher")
-        for p in checkpoint["model"].values():
-            p *= 5 if p.ndim > 1 else 1
-        save_checkpoint(f"{root}/teacher/ckpt.pt", checkpoint)
-    return root
+@pytest.fixture
+def teacher(place, tmp_path):
+    """A model with opinions: a random one finds all tokens nearly equally likely."""
+    folder = f"{tmp_path}/teacher"
+    make_run(folder, place[1], seed=5)
+    checkpoint = load_checkpoint(folder)
+    for p in checkpoint["model"].values():
+        p *= 5 if p.ndim > 1 else 1
+    save_checkpoint(f"{folder}/ckpt.pt", checkpoint)
+    return folder
 
 
-def test_a_student_follows_its_teacher(folders, tmp_path):
+def test_a_student_follows_its_teacher(place, teacher, tmp_path):
     """The KL from the teacher falls to a part of what it was, and the first ratio is exactly 1."""
-    cfg = grpo.Config(
-        data_dir=f"{folders}/prompts", init_from=f"{folders}/base", out_dir=str(tmp_path), teacher=f"{folders}/teacher",
-        group_size=1, batch_size=16, max_new_tokens=6, max_steps=40, lr=1e-2, min_lr=1e-3, warmup_steps=1, kl_coef=0,
-        eval_every=40, device="cpu")
-    grpo.main(cfg)
-    first, *steps = read_log(str(tmp_path))
+    _, (first, *steps) = run(settings(
+        place[0], "grpo", f"{tmp_path}/run", teacher=teacher, reward="", group_size=1, batch_size=16, grad_accum=1,
+        max_new_tokens=6, max_steps=40, lr=1e-2, min_lr=1e-3, warmup_steps=1, kl_coef=0, eval_every=40))
     assert all(record["first_ratio_error"] == 0 for record in steps)
     assert 0 <= steps[-1]["val_kl"] < 0.5 * first["val_kl"]
     assert steps[-1]["val_score"] > first["val_score"]
-
-
-def test_a_reward_or_a_teacher(folders, tmp_path):
-    cfg = grpo.Config(data_dir=f"{folders}/prompts", init_from=f"{folders}/base", out_dir=str(tmp_path),
-                      teacher=f"{folders}/teacher", reward="recipes/sums.py:right")
-    with pytest.raises(SystemExit, match="give one of"):
-        grpo.main(cfg)
 
 
 def test_without_its_adapters_a_model_is_its_base():
@@ -77,21 +61,16 @@ def test_without_its_adapters_a_model_is_its_base():
     assert torch.equal(model(ids), adapted)
 
 
-def test_adapters_learn_by_rl_over_a_frozen_base(folders, tmp_path):
+def test_adapters_learn_by_rl_over_a_frozen_base(place, tmp_path):
     """One model is policy and reference: KL is 0 before the first step, the first ratio 1; the checkpoint holds adapters
-    alone, and what load_model() merges is another model. 10 + 10 steps are 20."""
-    rule = tmp_path / "rule.py"
-    rule.write_text("def score(prompt, answer):\n    return answer.count('月')\n")
-    cfg = grpo.Config(
-        data_dir=f"{folders}/prompts", init_from=f"{folders}/base", out_dir=f"{tmp_path}/run", reward=f"{rule}:score",
-        group_size=4, batch_size=4, max_new_tokens=6, lora_rank=2, lr=3e-2, min_lr=3e-2, warmup_steps=1, eval_every=10,
-        device="cpu")
-    check_ten_and_ten(grpo, cfg)
-    first, *steps = read_log(cfg.out_dir)
+    alone, and what load_model() merges is another model."""
+    cfg = settings(place[0], "grpo", f"{tmp_path}/run", lora_rank=2, lr=3e-2, max_new_tokens=6)
+    checkpoint, (first, *steps) = run(cfg)
     assert first["val_kl"] == 0 and all(record["first_ratio_error"] == 0 for record in steps)
-    checkpoint = load_checkpoint(cfg.out_dir)
     assert checkpoint["lora"]["rank"] == 2 and all("lora_" in name for name in checkpoint["model"])
     base = load_model(cfg.init_from)[0].state_dict()
     learned = load_model(cfg.out_dir)[0].state_dict()
     assert not torch.equal(base["blocks.0.attn.qkv.weight"], learned["blocks.0.attn.qkv.weight"])
-    assert torch.equal(base["embed.weight"], learned["embed.weight"])
+    # of the embedding, the rows of the chat tokens learn
+    moved = (base["embed.weight"] != learned["embed.weight"]).any(dim=1).nonzero().flatten().tolist()
+    assert moved and set(moved) <= set(place[1].special_names)
