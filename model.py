@@ -288,6 +288,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
         self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; unknown: as many as it sees
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
@@ -301,7 +302,6 @@ class Transformer(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.seed = torch.randint(2 ** 62, (), device="cpu").item()
         if not self.embed.weight.is_meta:
             with torch.no_grad():
                 for name, values in self.initial_weights():

@@ -310,7 +310,7 @@ def build(cfg, folder):
     meta["config"] = dataclasses.asdict(cfg)
     meta["seconds"] = round(time.time() - began, 1)
     meta["memory"] = peak_memory()
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as f:
         json.dump(meta, f, ensure_ascii=False, indent=1)
 
 

@@ -60,7 +60,7 @@ class Config:
     batch_size: Count = 16         # rows in a micro-step
     grad_accum: Count = 1          # micro-steps in a step, all processes together
     # optimizer
-    epochs: Positive = 2.0         # passes over the data
+    epochs: NonNegative = 0.0      # passes over the data; 0: 2, or more where these would be fewer than 100 steps
     max_steps: Whole = 0           # 0: as many as the epochs take
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 3e-4
@@ -231,8 +231,11 @@ def main(cfg):
     used = np.concatenate(rows)
     # packing decides how many rows there are, so the number of steps is known only now
     rows_an_epoch = len(rows)
+    # no row twice in a step; and a hundred conversations want more passes than a million
+    cfg.batch_size = min(cfg.batch_size, math.ceil(rows_an_epoch / cfg.grad_accum))
     rows_a_step = cfg.batch_size * cfg.grad_accum
-    cfg.max_steps = cfg.max_steps or math.ceil(cfg.epochs * rows_an_epoch / rows_a_step)
+    epochs = cfg.epochs or max(2.0, 100 * rows_a_step / rows_an_epoch)
+    cfg.max_steps = cfg.max_steps or math.ceil(epochs * rows_an_epoch / rows_a_step)
     epoch = 1
     while len(rows) < cfg.max_steps * rows_a_step:
         # every epoch is packed anew, from (seed, epoch) alone

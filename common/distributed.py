@@ -57,6 +57,8 @@ def start(cfg, dtype="", announce=True):
         index = int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # cuDNN's attention makes a plan for each new shape, a stall: it is for stages whose rows are all seq_len long
+        torch.backends.cuda.enable_cudnn_sdp(hasattr(cfg, "seq_len"))
     if device.type == "cpu":
         keep_memory()
     if world > 1 and not dist.is_initialized():

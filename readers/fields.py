@@ -9,10 +9,10 @@ from readers.account import Skip
 
 
 # The names that fields have in data sets. Of questions all that are there are joined, of answers there can be but one.
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "meta_instruction")
 QUESTION = ("instruction", "prompt", "question", "query", "context", "input")
 ANSWER = ("output", "answer", "response", "completion", "target")
-TURNS = ("messages", "conversations", "conversation", "dialogue")
+TURNS = ("messages", "conversations", "conversation", "dialogue", "chat")
 CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response", "pos_resp")
 REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response", "neg_resp")
 CHOICES = ("choices", "options", "choice", "option")  # of an exam, or fields A, B, C, D

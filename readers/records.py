@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 
-from configurator import fail
+from configurator import check, fail
 from readers.account import Part, Skip
 from readers.encodings import open_text, repair
 from readers.json_files import BROKEN, DECODER, read_json, read_jsonl, read_lines
@@ -58,6 +58,28 @@ def read_file(path, raw, txt_document="blank"):
         if position == size:
             where = f"it breaks off at its end, counted as {lost:,} bytes not read"
         yield path, Skip("damaged file", f"{type(e).__name__}: {e}; {where}", lost)
+
+
+def records_of(path):
+    """Return the records of a file that must be read as a whole; each line of a .txt is one. Exits where one is broken."""
+    records = []
+    with open(path, "rb") as raw:
+        for where, record in read_file(path, raw, "line"):
+            check(not isinstance(record, Skip), f"{where}: {record}")
+            records.append(record)
+    check(records, f"{path} is empty")
+    return records
+
+
+def read_text(path):
+    """Return the whole text of a file, in whatever encoding. Exits where it is none."""
+    try:
+        with open(path, "rb") as raw:
+            f = open_text(raw)
+            text = "".join(repair(line, f.encoding) for line in f)
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    except Skip as skip:
+        fail(f"{path}: {skip}")
 
 
 def extension(path):

@@ -94,7 +94,7 @@ def show(folder, count):
         offsets = np.append(0, ends if len(ends) else len(tokens))
     for i in range(min(count, len(offsets) - 1)):
         part = slice(offsets[i], min(offsets[i + 1], offsets[i] + 1000))
-        mask = np.zeros(part.stop - part.start) if masks is None else masks[part]
+        mask = np.zeros(part.stop - part.start, bool) if masks is None else masks[part] > 0
         print(f"--- {i + 1}{rank_of(i, groups)}\n{coloured(tok, tokens[part], mask)}")
 
 
@@ -112,7 +112,7 @@ def coloured(tok, ids, mask):
     text = ""
     # one piece after another: of tokens that are all learned or all not, or one control token
     is_special = np.isin(ids, list(tok.special_names))
-    borders = np.flatnonzero(np.diff(mask) | np.diff(is_special)) + 1
+    borders = np.flatnonzero((np.diff(mask) != 0) | np.diff(is_special)) + 1
     for piece, learned, special in zip(*(np.split(array, borders) for array in (ids, mask, is_special))):
         colour = "\033[32m" if learned.any() else "\033[2m"
         words = tok.decode(piece)

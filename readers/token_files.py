@@ -33,6 +33,9 @@ def write_token_files(paths, cfg, tok, counts, folder):
         # llama2.c opens each text and ends none: where one begins, the one before ends
         ends = starts
         starts = starts[:0]
+    # ids that are chat tokens here belong to nothing in the vocabulary itself: what stands there is another's, as
+    # ChatGLM2's [gMASK] and sop
+    others = np.setdiff1d([tok.im_start_id, tok.im_end_id, tok.pad_id], [*ends, *starts])
     border = border_of(arrays, ends, cfg.val_fraction)
     sizes = sizes_of(tok)
     totals = {"train": collections.Counter(), "val": collections.Counter()}
@@ -42,7 +45,9 @@ def write_token_files(paths, cfg, tok, counts, folder):
         files = {"train": train, "val": val}
 
         def write(split, ids):
-            ids = ids[~np.isin(ids, starts)]
+            n_others = int(np.isin(ids, others).sum())
+            totals[split]["noticed", "control tokens of another vocabulary, left out"] += n_others
+            ids = ids[~np.isin(ids, [*starts, *others])]
             ids[np.isin(ids, ends)] = tok.eot_id
             if len(ids) and ids[0] == last == tok.eot_id:
                 ids = ids[1:]  # no empty text

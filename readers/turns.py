@@ -20,12 +20,13 @@ STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Stu
 
 def line_of(names):
     """Finds where one of the names begins to speak: "Human:" at the beginning of a line, "### Human:", "<|Human|>:"."""
-    return re.compile(rf"(?:^|\n|###)[ \t]*(?:<\|?|\[)?({names})(?:\|?>|\])?[ \t]*[:：]", re.IGNORECASE)
+    return re.compile(rf"(?:^|\n|###|<eo[ham]>)[ \t]*(?:<\|?|\[)?({names})(?:\|?>|\])?[ \t]*[:：]", re.IGNORECASE)
 
 
 TRANSCRIPTS = [line_of(names) for names in SPEAKERS]
 STRANGER = line_of(STRANGERS)
 SYSTEM_FIRST = line_of("System")
+NAME = re.compile(r"^\s*<\|\w+\|>\s*[:：]\s*")  # "<|Human|>: " before what is Human's anyway
 
 
 def message(role, text, weight=1):
@@ -77,6 +78,8 @@ def read_turns(value, name, notes, role=None):
     """
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
         return said(value, role or "user", is_whole=role is None)
+    if isinstance(value, dict) and value and all(str(key).startswith("turn_") for key in value):
+        value = list(value.values())  # MOSS: {"turn_1": {"Human": …, "MOSS": …}, …}
     messages = []
     for turn in as_list(value, name):
         if isinstance(turn, dict):
@@ -99,7 +102,7 @@ def read_turn(turn, name, notes, role=None):
         speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
         if speakers:
             note_rest(turn, speakers, notes, f"{name}.")
-            return [message(speaker, as_text(turn[key], name)) for key, speaker in speakers.items()]
+            return [message(speaker, NAME.sub("", as_text(turn[key], name))) for key, speaker in speakers.items()]
     role = ROLES.get(str(speaker).lower())
     if role is None:
         raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")

@@ -9,18 +9,17 @@ right), whose questions are asked as lm-eval (version 0.4) asks them.
 in: the csv files of the exam, C-Eval: dev/<subject>_dev.csv, val/<subject>_val.csv; CMMLU: dev/<subject>.csv,
     test/<subject>.csv. Examples ("shots") are the first ones of dev; the questions are those of val or test.
 """
-import csv
 import glob
-import json
 import os
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from configurator import check
 from common.data import pad
 from common.loss import answer_logps
+from configurator import check
+from readers.records import records_of
 
 LETTERS = "ABCD"
 
@@ -42,14 +41,11 @@ def read_pairs(path):
     """Return (good sentences, bad sentences) of a .jsonl file."""
     good = []
     bad = []
-    with open(path, encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
-            record = json.loads(line)
-            known = {"sentence_good", "sentence_bad"} <= record.keys()
-            check(known, f"{path}, line {number}: no sentence_good or no sentence_bad")
-            good.append(record["sentence_good"])
-            bad.append(record["sentence_bad"])
-    check(good, f"{path} is empty")
+    for number, record in enumerate(records_of(path), 1):
+        known = isinstance(record, dict) and {"sentence_good", "sentence_bad"} <= record.keys()
+        check(known, f"{path}, record {number}: no sentence_good or no sentence_bad")
+        good.append(record["sentence_good"])
+        bad.append(record["sentence_bad"])
     return good, bad
 
 
@@ -237,14 +233,13 @@ class Question:
 def read_rows(path):
     """Return the rows of a csv file, {question, a, b, c, d, answer}; CMMLU writes Question and Answer."""
     rows = []
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        for row in csv.DictReader(f):
-            row = {name.lower(): value for name, value in row.items() if name}
-            missing = {"question", "a", "b", "c", "d"} - row.keys()
-            check(not missing, f"{path} has no column {', '.join(sorted(missing))}")
-            check(row.get("answer") in tuple(LETTERS), f"{path}: a question whose answer is {row.get('answer')!r}, "
-                  "wanted A, B, C or D")
-            rows.append(row)
+    for row in records_of(path):
+        row = {name.lower(): value for name, value in row.items()}
+        missing = {"question", "a", "b", "c", "d"} - row.keys()
+        check(not missing, f"{path} has no column {', '.join(sorted(missing))}")
+        check(row.get("answer") in tuple(LETTERS), f"{path}: a question whose answer is {row.get('answer')!r}, "
+              "wanted A, B, C or D")
+        rows.append(row)
     return rows
 
 

@@ -1,8 +1,8 @@
 """
 render_chat() of tokenizer.py as text: the chat template that transformers, vLLM, SGLang and llama.cpp fill in.
 
-What they are given may hold tools on offer, calls of tools, a content that is null or comes in parts: it becomes the text
-that prepare.py makes of the same in a data set (call_tools and list_tools of readers/schemas.py).
+What they are given may hold tools on offer, calls of tools, a content that is null or comes in parts: it becomes the
+text that prepare.py makes of the same in a data set (readers/calls.py).
 """
 
 # Values as JSON, written as json.dumps(…, ensure_ascii=False) does. Each program has a filter tojson of its own, and

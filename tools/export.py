@@ -43,7 +43,7 @@ class Config:
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"  # of the matrices in a GGUF file
 
 
-def note_limits(tok):
+def note_limits(tok, to):
     """Say where the other program cannot give the ids that the model was trained with."""
     if tok.dummy_prefix:
         print("note: this vocabulary puts a space before every text, so no text gives the ids the chat was trained on: "
@@ -51,6 +51,8 @@ def note_limits(tok):
     elif is_tiktoken(tok):
         print("note: this vocabulary merges line breaks, so a message that begins with one gets other ids through the "
               "chat template than in training; all others get the same")
+    if to == "gguf" and tok.settings.get("nfc"):
+        print("note: this vocabulary composes accents first (NFC), and llama.cpp does not: give it composed text")
 
 
 def write_run(model, tok, stage, folder):
@@ -96,6 +98,24 @@ def write_merged(path, folder):
     save_checkpoint(os.path.join(folder, "ckpt.pt"), merged)
 
 
+def write_for_others(cfg):
+    """Write a run for another program, as cfg.to says."""
+    stage = load_checkpoint(cfg.run)["stage"]
+    tok = load_tokenizer(run_folder(cfg.run))
+    note_limits(tok, cfg.to)
+    if stage == "reward":
+        check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
+        write_hf_reward(load_reward_model(cfg.run, "cpu", tok.fingerprint), tok, cfg.out)
+    elif cfg.to == "peft":
+        write_peft(cfg.run, cfg.out)
+    else:
+        model, _, _ = load_model(cfg.run)
+        if cfg.to == "hf":
+            write_hf(model, tok, stage, cfg.out)
+        else:
+            write_gguf(model, tok, stage, os.path.join(cfg.out, "model.gguf"), cfg.dtype)
+
+
 def main(cfg):
     check(bool(cfg.run) != bool(cfg.from_), "name a run to take out (python -m tools.export out/poems-sft "
           "--out=FOLDER) or a folder to bring in (--from=FOLDER --out=out/NAME), one of the two")
@@ -104,26 +124,15 @@ def main(cfg):
     if cfg.from_:
         model, tok, stage = read_hf(cfg.from_)
         write_run(model, tok, stage, cfg.out)
-        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters. Try python sample.py --out_dir={cfg.out}")
+        n_params = sum(p.numel() for p in model.parameters())
+        print(f"{cfg.out}: {n_params:,} parameters. Try python sample.py --out_dir={cfg.out}")
         return
 
     check(cfg.to == "gguf" or cfg.dtype == "f32", f"--to={cfg.to} writes fp32: --dtype={cfg.dtype} is for --to=gguf")
     if cfg.to == "merged":
         write_merged(cfg.run, cfg.out)
-    elif load_checkpoint(cfg.run)["stage"] == "reward":
-        check(cfg.to == "hf", f"{cfg.run} is a reward model, which writes no text: export it with --to=hf")
-        tok = load_tokenizer(cfg.run if os.path.isdir(cfg.run) else os.path.dirname(cfg.run) or ".")
-        note_limits(tok)
-        write_hf_reward(load_reward_model(cfg.run, "cpu", tok.fingerprint), tok, cfg.out)
-    elif cfg.to == "peft":
-        write_peft(cfg.run, cfg.out)
     else:
-        model, tok, checkpoint = load_model(cfg.run)
-        note_limits(tok)
-        if cfg.to == "hf":
-            write_hf(model, tok, checkpoint["stage"], cfg.out)
-        else:
-            write_gguf(model, tok, checkpoint["stage"], os.path.join(cfg.out, "model.gguf"), cfg.dtype)
+        write_for_others(cfg)
     print(f"{cfg.out}: {', '.join(sorted(os.listdir(cfg.out)))}")
 
 

@@ -15,8 +15,8 @@ from tools.to_hf import need
 
 
 def read_vocabulary(folder):
-    """Return the Tokenizer of a folder of transformers. What opens a text there opens it here, too: nothing, where that is
-    what the model has been trained with."""
+    """Return the Tokenizer of a folder of transformers. What opens a text there opens it here, too: nothing, where
+    transformers puts nothing before a text."""
     tok = load_tokenizer(folder)
     return make_tokenizer(tok.raw, {"start": [], **tok.settings}, folder)
 

@@ -13,8 +13,8 @@ see; Service sends it. Differences from OpenAI's API:
 1. One model answers, whatever name a request gives.
 2. max_tokens beyond the model's room is cut, not refused.
 3. Log-probs are the model's own, before temperature and filters.
-4. top_k, min_p and repetition_penalty are there, too, as in sample.py. Settings that are not here are refused where they
-   would change the answer; other fields nobody knows stand in the answer as "ignored".
+4. top_k, min_p and repetition_penalty are there, too, as in sample.py. Other settings are refused where they would
+   change the answer; fields that nobody knows are named in the answer as "ignored".
 5. A page of any web site may use it, as long as --api_key asks for none.
 """
 import asyncio

@@ -77,7 +77,8 @@ class Settings(Wire):
 
     def ignored(self):
         """Names of the fields that say something and that nobody here reads."""
-        return sorted(name for name, value in self.model_extra.items() if value and name not in HARMLESS | NEUTRAL.keys())
+        said = {name for name, value in self.model_extra.items() if value}
+        return sorted(said - HARMLESS - NEUTRAL.keys())
 
 
 def is_setting(name, value):

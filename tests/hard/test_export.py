@@ -113,7 +113,7 @@ def lines(text):
 
 
 def read_lines(files):
-    """Lines of some files, at most 3,000 of each, without those that name a special token: other programs read it as one."""
+    """Lines of some files, at most 3,000 of each, without those that name a special token: others read it as one."""
     found = []
     for file in files:
         with open(file, encoding="utf-8") as f:
@@ -218,6 +218,17 @@ def test_vocabularies_come_back(named, tmp_path):
         assert again.eot_id == named.eot_id and (stage == "sft" or again.start_ids == named.start_ids)
 
 
+def test_a_llamas_tokenizer_json_without_its_model(prefixed, lines, tmp_path):
+    to_hf.write_tokenizer(prefixed, str(tmp_path), 256, "pretrain")
+    os.remove(tmp_path / "tokenizer.model")
+    tok = load_tokenizer(tmp_path)      # through the tokenizers library
+    texts = fuzzed(lines, 500)
+    assert tok.raw.startswith(b"{") and (tok.dummy_prefix, tok.unk_id) == (True, None)
+    assert [text for text in texts if tok.encode(text) != prefixed.encode(text)] == []
+    assert [text for text in texts if tok.decode(tok.encode(text)) != prefixed.decode(tok.encode(text))] == []
+    assert not {1, 2} & set(tok.encode("<s> moon </s>")) and tok.special_names[tok.eot_id] == "<|endoftext|>"
+
+
 def test_a_word_that_no_merges_lead_to(place):
     """tiktoken takes a whole word that is a piece, even where neither "ab" nor "bc" is one."""
     tokens = [bytes([i]) for i in range(256)] + [b"abc"]
@@ -261,16 +272,6 @@ def folder(tok, place):
     return str(place / "hf")
 
 
-def test_auto_tokenizer(folder, tok, lines):
-    from transformers import AutoTokenizer
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert len(theirs) == tok.vocab_size
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (tok.im_end_id, tok.pad_id)
-    for text in lines[:300]:
-        assert theirs(text)["input_ids"] == tok.encode(text)
-        assert theirs.decode(tok.encode(text)) == text
-
-
 def conversations(lines, n, bits, seed=1):
     rng = random.Random(seed)
     contents = fuzzed(lines, 3 * n, bits, seed) + lines
@@ -299,8 +300,8 @@ def test_chat_template_equals_render_chat(folder, tok, lines):
 def texts_of_tools():
     """(messages, tools, the turns that render_chat is given for them): as prepare.py and tools/serve.py make them."""
     spec = {"type": "function", "function": {"name": "天气", "description": "\"引号\" \\ <b>&'\n\t一行", "parameters": {
-        "type": "object", "required": ["城", 1], "properties": {"z": {"default": 0.5, "minimum": None, "x": True}, "a": {}}}}}
-    call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城": "北京", "n": [1, 2.5, None, {}]}}}
+        "type": "object", "required": ["城", 1], "properties": {"z": {"default": 0.5, "min": None, "x": True}, "a": {}}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城": "京", "n": [1, 2.5, None, {}]}}}
     as_text = {"id": "2", "type": "function", "function": {"name": "g", "arguments": '{"a": "\\n"}'}}
     parts = [{"type": "text", "text": "北京"}, {"type": "text", "text": "天气？"}]
     talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call, as_text]},
@@ -366,7 +367,9 @@ def check_there_and_back(model, tok, lines, folder):
     assert there[:, 20:].tolist() == ours
 
     template = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (len(template), template.eos_token_id, template.pad_token_id) == (tok.vocab_size, tok.im_end_id, tok.pad_id)
     assert [template(line)["input_ids"] for line in lines[:50]] == [tok.encode(line) for line in lines[:50]]
+    assert [template.decode(tok.encode(line)) for line in lines[:50]] == lines[:50]
 
     theirs.save_pretrained(f"{folder}-again", max_shard_size="60KB")
     assert len(glob.glob(f"{folder}-again/*.safetensors")) > 1
@@ -383,20 +386,6 @@ def check_there_and_back(model, tok, lines, folder):
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_to_transformers_and_back(kind, tok, lines, place):
     check_there_and_back(make(kind, tok.vocab_size), tok, lines, f"{place}/{kind}")
-
-
-def test_biases_ask_which_vocabulary(tok, ranked, text, lines, place):
-    """transformers 5 would tokenize any qwen2 as Qwen does, accents composed: with another vocabulary it becomes a Llama
-    whose bias on o_proj is zero. A bias there that is not zero cannot come in."""
-    write_family("qwen2", place / "qwen2-family", text)
-    qwen = load_tokenizer(place / "qwen2-family")
-    for name, t in (("Qwen2", qwen), ("Llama", ranked), ("Llama", tok)):
-        theirs = check_there_and_back(make("qwen2", t.vocab_size), t, lines, f"{place}/as-{name}")
-        assert type(theirs).__name__ == f"{name}ForCausalLM"
-    theirs.model.layers[1].self_attn.o_proj.bias.data[3] = 1.0
-    theirs.save_pretrained(f"{place}/as-Llama")
-    with pytest.raises(SystemExit, match="unknown: model.layers.1.self_attn.o_proj.bias"):
-        from_hf.read_hf(f"{place}/as-Llama")
 
 
 def test_views_are_the_model():
@@ -507,7 +496,7 @@ def test_merged(tok, place):
     for folder, message in ((run, "holds a run already"), (f"{place}/merged", "holds a run already")):
         with pytest.raises(SystemExit, match=message):
             export.main(export.Config(run, "merged", out=folder))
-    with pytest.raises(SystemExit, match="holds no adapters, but whole weights"):
+    with pytest.raises(SystemExit, match="holds no adapters and no shards, but whole weights"):
         export.main(export.Config(f"{place}/merged", "merged", out=f"{place}/merged-again"))
     assert "lora" in load_checkpoint(run) and not os.path.exists(f"{place}/merged-again")
 
@@ -650,12 +639,15 @@ def test_base_models_stay_base_models(tok, place):
         assert json.load(f)["eos_token_id"] == tok.eot_id
 
 
-@every("tok", "ranked", *FAMILIES)
-@pytest.mark.parametrize("kind", ["llama_gqa", "qwen2", "qwen3", "moe"])
-def test_a_base_model_goes_on_with_a_text_as_ours_does(kind, named, place, lines):
-    """The text goes through their tokenizer, which puts before it what opens a document."""
+@pytest.mark.parametrize("named, kind, class_name", [
+    ("tok", "llama_gqa", "Llama"), ("tok", "qwen2", "Llama"), ("ranked", "qwen2", "Llama"), ("qwen2", "qwen2", "Qwen2"),
+    ("minimind", "qwen3", "Qwen3"), ("llama3", "llama", "Llama"), ("glm4", "moe", "Glm4Moe"),
+    ("deepseek", "qwen2", "Llama")], indirect=["named"])
+def test_a_base_model_goes_on_with_a_text_as_ours_does(named, kind, class_name, place, lines):
+    """The text goes through their tokenizer, which puts before it what opens a document. transformers 5 would tokenize
+    any qwen2 as Qwen does: with another vocabulary it becomes a Llama whose bias on o_proj is zero."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    folder = f"{place}/{kind}-{named.fingerprint}"
+    folder = f"{place}/base-{kind}-{named.fingerprint}"
     model = make(kind, named.vocab_size)
     to_hf.write_hf(model, named, "pretrain", folder)
     template = transformers.AutoTokenizer.from_pretrained(folder)
@@ -669,6 +661,12 @@ def test_a_base_model_goes_on_with_a_text_as_ours_does(kind, named, place, lines
     # and comes back with it
     _, again, stage = from_hf.read_hf(folder)
     assert (again.start_ids, again.eot_id, stage) == (named.start_ids, named.eot_id, "pretrain")
+    assert type(theirs).__name__ == f"{class_name}ForCausalLM"
+    if (kind, class_name) == ("qwen2", "Llama"):
+        theirs.model.layers[1].self_attn.o_proj.bias.data[3] = 1.0
+        theirs.save_pretrained(folder)
+        with pytest.raises(SystemExit, match="unknown: model.layers.1.self_attn.o_proj.bias"):
+            from_hf.read_hf(folder)
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -688,12 +686,13 @@ def test_a_llama_brought_in_begins_and_ends_as_there(add_bos, text, place, lines
     export.main(export.Config(from_=str(folder), out=f"{folder}-run"))
     export.main(export.Config(f"{folder}-run", out=f"{folder}-again"))
     _, again, _ = from_hf.read_hf(f"{folder}-again")
+    template = transformers.AutoTokenizer.from_pretrained(f"{folder}-again")
     model, tok, checkpoint = load_model(f"{folder}-run")
     assert checkpoint["stage"] == "pretrain" and again.fingerprint == tok.fingerprint
     assert tok.eot_id == 2 and tok.start_ids == again.start_ids == [1] * add_bos
     for line in lines[:5]:
         prompt = [1] * add_bos + sp.encode(line[:20])
-        assert tok.encode_start(line[:20]) == again.encode_start(line[:20]) == prompt
+        assert tok.encode_start(line[:20]) == again.encode_start(line[:20]) == template(line[:20])["input_ids"] == prompt
         ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
         new = generate(model, [prompt], 40, temperature=0, stop_ids=[tok.eot_id])[0]
         assert new == ids
@@ -711,7 +710,8 @@ def test_tokens_that_a_model_knows_keep_their_rows(text, place, capsys):
     back, tok, stage = from_hf.read_hf(str(place / "rows"))
     assert {**added, "<|pad|>": max(added.values()) + 1}.items() == {
         **{name: i for i, name in tok.special_names.items()}, **tok.words}.items()
-    assert torch.equal(back.embed.weight, model.embed.weight) and stage == "sft" and "new" not in capsys.readouterr().out
+    assert torch.equal(back.embed.weight, model.embed.weight)
+    assert stage == "sft" and "new" not in capsys.readouterr().out
     assert tok.encode("<think>月") == [added["<think>"], *tok.encode("月")] and tok.start_ids == []
 
 

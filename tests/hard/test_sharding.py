@@ -1,14 +1,18 @@
-"""--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py)."""
+"""--shard=True: a model split among processes begins, learns, is saved and goes on as a whole one does (sharding.py).
+
+    torchrun --standalone --nproc_per_node=2 tests/hard/test_sharding.py JOBS.json      what the tests start
+"""
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_in_ranks
-from small_runs import read_log
 
 import pretrain
 from common.checkpoint import load_checkpoint, load_model
@@ -19,11 +23,15 @@ from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, train_tokenizer
 from tools import export
 
+ROOT = os.path.abspath(f"{__file__}/../../..")
 # what a run in shards must get right, each in one of three: tied embeddings, blocks computed again, Muon, experts
 KINDS = {
     "dense": dict(checkpoint_blocks=True),
     "muon": dict(optimizer="muon", tie_embeddings=False, qkv_bias=True, qk_norm=True),
     "experts": dict(n_experts=4, n_active_experts=2, n_layers=2)}
+# models that are made without memory, and compared with whole ones
+BEGIN = [("begin", changes) for changes in (
+    dict(), dict(qkv_bias=True, qk_norm=True, tie_embeddings=False), dict(n_experts=3, n_layers=3))]
 STEPS = 6
 HALF = 3
 
@@ -58,12 +66,30 @@ def runs(data, tmp_path):
     return make
 
 
+def in_ranks(processes, jobs, file):
+    """Do jobs, [(what, settings), …], in so many processes of torchrun; return what they printed."""
+    with open(file, "w") as f:
+        json.dump(jobs, f)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*command, "tests/hard/test_sharding.py", str(file)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def stages(runs):
     return [("pretrain", dataclasses.asdict(cfg)) for cfg in runs.values()]
 
 
 def copies(runs, target):
     return [("copy", {"source": cfg.out_dir, "target": target[kind].out_dir}) for kind, cfg in runs.items()]
+
+
+def log_of(cfg):
+    """The numbers of a run's log, without its speed."""
+    with open(f"{cfg.out_dir}/log.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    return [{name: value for name, value in r.items() if name not in ("tok/s", "seconds")} for r in records]
 
 
 def test_shards_equal_one_process(runs, tmp_path, capsys):
@@ -77,17 +103,17 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
     in_four = runs("four", STEPS, shard=True)
     by_ddp = runs("ddp", STEPS)
     alone = runs("alone", STEPS, shard=True)
-    run_in_ranks(2, [*stages(half), *copies(half, in_two), *copies(half, in_four), *copies(half, by_ddp),
-                 *copies(half, alone), *stages(in_two), *stages(by_ddp)], f"{tmp_path}/jobs.json")
-    run_in_ranks(4, stages(in_four), f"{tmp_path}/jobs.json")
+    in_ranks(2, [*BEGIN, *stages(half), *copies(half, in_two), *copies(half, in_four), *copies(half, by_ddp),
+                 *copies(half, alone), *stages(in_two), *stages(by_ddp)], tmp_path / "jobs.json")
+    in_ranks(4, [*BEGIN, *stages(in_four)], tmp_path / "jobs.json")
     for cfg in alone.values():
         pretrain.main(cfg)
     assert capsys.readouterr().out.count("resuming") == len(KINDS)
     for kind, cfg in whole.items():
         expected = load_checkpoint(cfg.out_dir)["model"]
         for other in (in_two, in_four, by_ddp, alone):
-            for ours, theirs in zip(read_log(cfg.out_dir), read_log(other[kind].out_dir), strict=True):
-                assert ours == pytest.approx(theirs, abs=1e-5)
+            for ours, theirs in zip(log_of(cfg), log_of(other[kind]), strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-5), (kind, ours["step"])
             checkpoint = load_checkpoint(other[kind].out_dir, shards_too=True)
             in_shards = other in (in_two, in_four)
             assert bool(checkpoint["shards"]) == in_shards == (not checkpoint["model"])
@@ -97,56 +123,27 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
                 assert (weight - weights[name]).abs().max() < 1e-6, (kind, name)
 
 
-def test_one_file_of_shards(runs, tmp_path, capsys):
+def test_one_file_of_shards(runs, tmp_path):
     """A run in shards says what to do where it must be whole; tools.export makes one file of them, and no other
     checkpoint's shards stay on the disk."""
     cfg = runs("shards", HALF, shard=True)["muon"]
-    run_in_ranks(2, stages({"muon": cfg}), f"{tmp_path}/jobs.json")
-    os.makedirs(f"{cfg.out_dir}/ckpt-4")  # as a run leaves it that is killed before ckpt.pt names it
     longer = dataclasses.replace(cfg, max_steps=HALF + 1)
-    out = run_in_ranks(2, stages({"muon": longer}), f"{tmp_path}/jobs.json")
-    assert f"at step {HALF} of" in out
-    assert sorted(name for name in os.listdir(cfg.out_dir) if "-" in name) == ["best-3", "ckpt-4"]
-    with pytest.raises(SystemExit):
-        load_model(cfg.out_dir)
-    assert f"python -m tools.export {cfg.out_dir} --to=merged" in capsys.readouterr().err
     merged = str(tmp_path / "merged")
-    export.main(export.Config(run=cfg.out_dir, to="merged", out=merged))
+    begun = dataclasses.replace(cfg, max_steps=1, init_from=merged, out_dir=str(tmp_path / "begun"), lr=1e-9)
+    orphan = f"{cfg.out_dir}/ckpt-4/left_by_a_kill"  # before ckpt.pt names its folder
+    out = in_ranks(2, [*stages({"": cfg}), ("make", orphan), *stages({"": longer}),
+                       ("merge", dict(run=cfg.out_dir, out=merged)), *stages({"": begun})], tmp_path / "jobs.json")
+    assert f"resuming {cfg.out_dir}/ckpt.pt at step {HALF} of" in out
+    folders = [name for name in os.listdir(cfg.out_dir) if "-" in name]
+    assert sorted(name.split("-")[0] for name in folders) == ["best", "ckpt"] and "ckpt-4" in folders
+    with pytest.raises(SystemExit, match=f"python -m tools.export {cfg.out_dir} --to=merged"):
+        load_model(cfg.out_dir)
     model, _, _ = load_model(merged)
     weights = read_shards(f"{cfg.out_dir}/ckpt-4")
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-    # a whole run cannot go on in shards, but a run in shards can begin with its weights
-    begun = dataclasses.replace(cfg, max_steps=1, init_from=merged, out_dir=str(tmp_path / "begun"), lr=1e-9)
-    run_in_ranks(2, stages({"muon": begun}), f"{tmp_path}/jobs.json")
+    # a run in shards has begun with them
     after = read_shards(f"{begun.out_dir}/ckpt-1")
     assert all((weight - after[name]).abs().max() < 1e-6 for name, weight in weights.items())
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_model_without_memory_begins_as_any_other(tmp_path, processes):
-    """Made on the meta device, filled shard by shard: every weight and buffer is that of the plain start, to the bit."""
-    run_in_ranks(processes, [("begin", changes) for changes in (
-        dict(), dict(qkv_bias=True, qk_norm=True, tie_embeddings=False), dict(n_experts=3, n_layers=3))],
-             f"{tmp_path}/jobs.json")
-
-
-def begin(changes):
-    """In each of several processes: compare a model in shards with a whole one."""
-    env = start(pretrain.Config(device="cpu"), announce=False)
-    config = ModelConfig(**{**dict(vocab_size=70, dim=24, n_layers=2, n_heads=2, max_seq_len=16), **changes})
-    torch.manual_seed(5)
-    whole = Transformer(config)
-    torch.manual_seed(5)
-    with torch.device("meta"):
-        model = Transformer(config)
-    shard_model(model, env)
-    for (name, p), (other, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-        assert name == other and p.requires_grad and p.to_local().numel() < expected.numel()
-        assert torch.equal(p.full_tensor(), expected), name
-    for (name, buffer), (_, expected) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
-        assert torch.equal(buffer, expected), name
-    ids = torch.arange(32).view(2, 16)
-    assert torch.allclose(model(ids), whole(ids), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # on a GPU autocast takes the norms' weights back to fp32
@@ -177,3 +174,54 @@ def test_blocks_travel_in_the_dtype_of_matmuls(tmp_path, changes):
     for ours, theirs in zip(grads, others, strict=True):
         assert theirs.dtype == torch.float32
         assert (ours - theirs).norm() <= 0.02 * ours.norm()
+
+
+def begin(changes):
+    """In each of several processes: a model made on the meta device and filled shard by shard has every weight and
+    buffer of the plain start, to the bit."""
+    env = start(pretrain.Config(device="cpu"), announce=False)
+    config = ModelConfig(**{**dict(vocab_size=70, dim=24, n_layers=2, n_heads=2, max_seq_len=16), **changes})
+    torch.manual_seed(5)
+    whole = Transformer(config)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shard_model(model, env)
+    for (name, p), (other, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert name == other and p.requires_grad and p.to_local().numel() < expected.numel()
+        assert torch.equal(p.full_tensor(), expected), name
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    ids = torch.arange(32).view(2, 16)
+    assert torch.allclose(model(ids), whole(ids), atol=1e-6)
+
+
+def main(path):
+    def stay(cfg, env, step, hint=""):
+        # finish() would end this process, and there are more runs to come
+        if env.lock:
+            env.lock.close()
+        dist.barrier()
+
+    pretrain.finish = stay
+    with open(path) as f:
+        jobs = json.load(f)
+    for what, settings in jobs:
+        if what == "pretrain":
+            pretrain.main(pretrain.Config(**settings))
+        elif what == "begin":
+            begin(settings)
+        elif dist.get_rank() > 0:
+            continue
+        elif what == "make":
+            os.makedirs(settings)
+        elif what == "merge":
+            export.main(export.Config(**settings, to="merged"))
+        else:
+            shutil.copytree(settings["source"], settings["target"])
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

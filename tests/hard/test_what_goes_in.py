@@ -1,0 +1,419 @@
+"""What goes in without being said wrongly: fields by what they hold, lists, marks, tables, control tokens, splits."""
+import csv
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from prepared import POEMS, messages, run, small_tokenizer, write
+from readers.account import Skip
+from readers.calls import call_tools, list_tools
+from readers.folder import new_folder
+from readers.schemas import convert, unfold
+from tokenizer import load_tokenizer, render_chat
+
+
+@pytest.fixture(scope="module")
+def tok_file(tmp_path_factory):
+    return small_tokenizer(tmp_path_factory.mktemp("tok") / "tokenizer.model")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("in")
+
+
+def skipped(record, kind, fields=()):
+    """The reason why a record cannot be used, and what is said of it."""
+    with pytest.raises(Skip) as e:
+        convert(record, kind, fields)
+    return str(e.value)
+
+
+# ---------------------------------------------------------------- tools
+
+CITY = {"city": "北京"}
+
+
+@pytest.mark.parametrize("call", [
+    {"name": "weather", "arguments": CITY}, {"name": "weather", "parameters": CITY}, {"name": "weather", "args": CITY},
+    {"name": "weather", "input": CITY}, {"name": "weather", "arguments": json.dumps(CITY)},
+    {"id": "a", "type": "function", "function": {"name": "weather", "arguments": json.dumps(CITY)}},
+    {"id": "a", "index": 0, "name": "weather", "arguments": {**CITY, "day": None}},  # Arrow fills in nulls
+])
+def test_arguments_of_calls_by_any_name(call):
+    want = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    assert call_tools([call]) == call_tools(json.dumps([call])).replace(', "day": null', "") == want
+
+
+@pytest.mark.parametrize("call", [
+    {"tool": "weather", "tool_input": CITY}, {"function": "weather", "arguments": CITY}, "weather(北京)", ["weather", "北京"],
+    {"name": "weather", "arguments": {}, "parameters": CITY}, {"function": {"name": "weather"}, "city": "北京"},
+])
+def test_calls_of_another_form_stay_as_they_are(call):
+    assert call_tools([call]).split("\n")[1] == (call if isinstance(call, str) else json.dumps(call, ensure_ascii=False))
+
+
+def test_tools_lose_nulls_alone():
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}, "x": None}}}
+    assert list_tools([tool]) == '<tools>\n{"name": "weather", "parameters": {"city": {"type": "string"}}}\n</tools>'
+
+
+def test_a_part_with_two_texts_is_asked_about():
+    parts = [{"type": "text", "text": "问", "translation": "另一个问题"}]
+    assert "which is the text?" in skipped({"messages": [{"role": "user", "content": parts}, *messages("a:答")]}, "sft")
+
+
+# ---------------------------------------------------------------- questions, answers, choices
+
+EXAM = messages("u:月亮？\nA. 一\nB. 二\nC. 三", "a:B")
+
+
+@pytest.mark.parametrize("record", [
+    {"id": 1, "question": "月亮？", "A": "一", "B": "二", "C": "三", "answer": "B"},
+    {"": 1, "Question": "月亮？", "A": "一", "B": "二", "C": "三", "Answer": "B"},
+    {"question": "月亮？", "choices": ["一", "二", "三"], "answer": "B"},
+    {"question": "月亮？", "options": '["A. 一", "B. 二", "C. 三"]', "answer": "B"},
+    {"question": "月亮？", "choices": {"label": ["A", "B", "C"], "text": ["一", "二", "三"]}, "answer": "B"},
+    {"question": "月亮？", "option": {"A": "一", "B": "二", "C": "三"}, "answer": "B"},
+])
+def test_choices_are_a_part_of_the_question(record):
+    got, notes = convert(record, "sft")
+    assert got == EXAM and not any(notes.ignored.values())
+
+
+def test_the_number_of_a_choice_is_asked_about():
+    assert "from 0 or from 1?" in skipped({"question": "月亮？", "choices": ["一", "二"], "answer": 1}, "sft")
+
+
+@pytest.mark.parametrize("record,kind", [
+    ({"input": ["甲问", "乙问"], "output": ["甲答", "乙答"]}, "sft"), ({"question": [["怎么吃", "用法"]], "answer": ["一次"]}, "sft"),
+    ({"input": ["甲问", "乙问"], "output": ["甲答", "乙答"]}, "pairs"), ({"prompt": ["甲问", "乙问"]}, "prompts"),
+    ({"prompt": ["甲问", "乙问"], "chosen": "好", "rejected": "坏"}, "pairs"),
+])
+def test_texts_in_a_question_never_take_turns(record, kind):
+    said = skipped(record, kind)
+    assert said.startswith("several questions") and "kind=pairs" not in said
+    assert convert({"prompt": ["问"]}, "prompts")[0] == messages("u:问")
+
+
+def test_history_is_pairs():
+    assert "pairs of question and answer" in skipped({"history": [["甲", "乙", "丙"]], "question": "问", "answer": "答"}, "sft")
+
+
+@pytest.mark.parametrize("record,leaves", [
+    ({"instruction": "修船", "input": "木板", "output": "钉", "prompt": "指令：修船\n输入：木板\n输出：钉"}, "prompt"),
+    ({"prompt": "问：" + POEMS[0] + POEMS[1], "completion": POEMS[0] + POEMS[1]}, None),
+])
+def test_a_question_with_its_answer_is_asked_about(record, leaves):
+    said = skipped(record, "sft")
+    assert said.startswith("the question holds its answer")
+    if leaves:
+        fields = re.search("--fields=([^ ]*)", said)[1]
+        assert convert(record, "sft", [tuple(item.split(":")) for item in fields.split(",")])[0] == messages("u:修船\n木板", "a:钉")
+
+
+@pytest.mark.parametrize("record", [
+    {"context": "船归磨坊主所有。", "question": "船归谁？", "answer": "磨坊主"},  # a passage holds the answer
+    {"instruction": "这句话对吗？对还是错", "output": "错"},
+])
+def test_answers_may_stand_in_a_passage(record):
+    assert convert(record, "sft")[0][-1]["content"] == record.get("answer", "错")
+
+
+def test_messages_with_a_rejected_answer():
+    record = {"messages": messages("u:甲", "a:乙", "u:问", "a:好"), "rejected_response": "坏"}
+    assert convert(record, "pairs")[0] == {"prompt": messages("u:甲", "a:乙", "u:问"), "answers": ["好", "坏"]}
+
+
+def test_a_prompt_that_its_answers_do_not_begin_with():
+    record = {"prompt": "另一个", "chosen": messages("u:问", "a:好"), "rejected": messages("u:问", "a:坏")}
+    assert "the prompt is not in what the answer begins with" in skipped(record, "pairs")
+
+
+# ---------------------------------------------------------------- marks and speakers
+
+
+@pytest.mark.parametrize("mark", ["loss", "loss_weight", "loss_scale", "weight", "train", "trainable"])
+def test_answers_marked_by_any_name_are_not_learned(mark):
+    turns = messages("u:问", "a:坏", "u:再来", "a:好")
+    turns[1][mark] = 0.0
+    turns[3][mark] = 1.0
+    assert [m.get("weight") for m in convert({"messages": turns}, "sft")[0]] == [None, 0, None, None]
+
+
+@pytest.mark.parametrize("mark,value", [("is_good", False), ("quality", 0), ("use", "0"), ("masked", True), ("bad", 1)])
+def test_an_unknown_mark_is_asked_about(mark, value):
+    turns = messages("u:问", "a:答")
+    turns[1][mark] = value
+    assert f"messages.{mark} is {value!r} beside an answer" in skipped({"messages": turns}, "sft")
+    record = {"question": "问", "answer": "答", mark: value}
+    said = skipped(record, "sft")
+    # both pieces of advice work
+    drops, learns = re.findall("--fields=([^ ]*)", said)
+    assert convert(record, "sft", [tuple(item.split(":")) for item in learns.split(",")])[0] == messages("u:问", "a:答")
+    if value in (False, 0, "0"):
+        assert "thumbs down" in skipped(record, "sft", [tuple(item.split(":")) for item in drops.split(",")])
+
+
+@pytest.mark.parametrize("name", ["id", "conversation_id", "index", "turn", "num_turns", "timestamp"])
+def test_numbers_that_count_are_no_marks(name):
+    assert convert({"question": "问", "answer": "答", name: 0}, "sft")[0] == messages("u:问", "a:答")
+
+
+def test_speakers_of_a_transcript():
+    text = "System: 诗人\nUser: 你好\nAssistant: 查\nTool: 晴\nAssistant: 晴天"
+    assert convert({"text": text}, "sft")[0] == messages("s:诗人", "u:你好", "a:查", "t:晴", "a:晴天")
+    said = skipped({"text": "User: 你好\nAssistant: 好\nNarrator: 他笑了\nUser: 再见\nAssistant: 再见"}, "sft")
+    assert said.startswith("unknown speaker: who is 'Narrator'")
+    note = "User: 你好\nAssistant: 好\nNote: 这是答案"
+    assert convert({"text": note}, "sft")[0] == messages("u:你好", "a:好\nNote: 这是答案")
+
+
+# ---------------------------------------------------------------- tables
+
+ROWS = [{"question": "甲问", "answer": "甲答"}, {"question": "乙问", "answer": "乙答"}]
+
+
+@pytest.mark.parametrize("record", [
+    {"columns": ["question", "answer"], "index": [0, 1], "data": [["甲问", "甲答"], ["乙问", "乙答"]]},  # orient="split"
+    {"question": {"0": "甲问", "1": "乙问"}, "answer": {"0": "甲答", "1": "乙答"}},  # orient="columns"
+    {"0": ROWS[0], "1": ROWS[1]},  # orient="index"
+    {"schema": {"fields": [{"name": "question", "type": "string"}], "pandas_version": "1.4.0"}, "data": ROWS},
+])
+def test_tables_of_pandas(record):
+    got = [convert(item, "sft")[0] for item in unfold(record, "sft")]
+    assert got == [messages("u:甲问", "a:甲答"), messages("u:乙问", "a:乙答")]
+
+
+def test_what_excel_adds(tok_file):
+    with open("in/a.csv", "w", encoding="utf-8-sig", newline="") as f:
+        f.write("sep=;\r\nquestion;answer;\r\n\"问_x000D_\n吗\";答;\r\n;;\r\n;;\r\n")
+    folder = run(tok_file, kind="sft", val_fraction=0.0)
+    assert folder.meta["read"] == 1 and folder.rows()[0] == render_chat(folder.tok, messages("u:问\n吗", "a:答"))[0]
+
+
+def test_two_columns_of_one_name_stop_the_run(tok_file, capsys):
+    with open("in/a.csv", "w") as f:
+        f.write("text,id,text\n" + "".join(f"{poem},1,另一个\n" for poem in POEMS))
+    with pytest.raises(SystemExit, match="two columns of one name"):
+        run(tok_file)
+    assert "columns 1, 3 are named text" in capsys.readouterr().err
+
+
+def test_nulls_of_parquet_are_nothing(tok_file):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    calls = [[{"name": "weather", "arguments": {"city": "北京", "x": None}}], [{"name": "sum", "arguments": {"city": None, "x": 1}}]]
+    turns = [[{"role": "user", "content": f"问{i}", "tool_calls": None},
+              {"role": "assistant", "content": None, "tool_calls": call}] for i, call in enumerate(calls)]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": turns}), "in/a.parquet")
+    folder = run(tok_file, kind="sft", val_fraction=0.0)
+    learned = sorted(json.loads(text.split("\n")[1])["arguments"] == {"x": 1} for text in folder.learned())
+    assert learned == [False, True] and "null" not in "".join(folder.learned())
+
+
+# ---------------------------------------------------------------- advice
+
+
+@pytest.mark.parametrize("kind,make,learned", [
+    ("text", lambda i: {"id": i, "type": "文本", "msg": f"嗯嗯好的{i}", "time": f"2024/10/4 11:{i:02d}"}, "嗯嗯好的7"),
+    ("text", lambda i: {"story": f"第{i}天渔夫去了河边，天黑才回来。", "summary": f"短{i}"}, "第7天渔夫去了河边，天黑才回来。"),
+    ("text", lambda i: {"text": f"这是第{i}个题目", "article": f"第{i}天渔夫去了河边，天黑才回来。"}, "这是第7个题目\n第7天渔夫去了河边，天黑才回来。"),
+    ("sft", lambda i: {"question": f"第{i}问", "answer": "对", "passage": f"第{i}天渔夫去了河边，天黑才回来。"}, "对<|im_end|>"),
+    ("sft", lambda i: {"messages": messages(f"u:第{i}问", "a:对"), "background": f"第{i}天渔夫去了河边，天黑才回来。"}, "对<|im_end|>"),
+    ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "label": i % 2}, "答7<|im_end|>"),
+    ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "response": f"另{i}"}, "另7<|im_end|>"),
+])
+def test_advice_works(tok_file, capsys, kind, make, learned):
+    """Whatever --fields a refusal proposes ends in a folder, and the first one learns what is meant."""
+    write("in/a.jsonl", [make(i) for i in range(20)])
+    with pytest.raises(SystemExit) as e:
+        run(tok_file, kind=kind)
+    advice = re.findall("--fields=([^ ]*)", capsys.readouterr().err + str(e.value))
+    assert advice and not any("…" in fields for fields in advice)
+    for i, fields in enumerate(dict.fromkeys(advice)):
+        folder = run(tok_file, kind=kind, fields=fields, val_fraction=0.0)
+        if i == 0:
+            assert learned in (folder.learned() if kind == "sft" else folder.texts())
+
+
+def test_categories_and_copies_are_no_loss(tok_file):
+    write("in/a.jsonl", [{"question": f"第{i}问", "answer": "对", "category": "很长的类别名称", "source": "某某网站的数据",
+                          "text": f"问：第{i}问\n答：对"} for i in range(20)])
+    assert run(tok_file, kind="sft").meta["kept"] == 20
+
+
+# ---------------------------------------------------------------- control tokens of other models
+
+
+def test_control_tokens_are_counted_and_cut_at(tok_file):
+    texts = [{"text": f"<|im_start|>{poem}<|im_end|> <|im_start|>第{i}首{poem}<|im_end|>"} for i, poem in enumerate(POEMS)]
+    write("in/a.jsonl", [*texts, {"text": POEMS[0] + "又</s>"}, {"text": "没有记号的一句"}])
+    kept = run(tok_file, val_fraction=0.0)
+    assert kept.meta["noticed"] == {"<|im_start|> in a text": 4, "<|im_end|> in a text": 4, "</s> in a text": 1}
+    cut = run(tok_file, markers="cut", val_fraction=0.0)
+    assert cut.texts() == sorted([*POEMS, *(f"第{i}首{poem}" for i, poem in enumerate(POEMS)), POEMS[0] + "又", "没有记号的一句"])
+    write("in/a.jsonl", [{"prompt": "问<eoh>", "completion": "答</s>再答</s>"}])
+    cut = run(tok_file, kind="sft", markers="cut", val_fraction=0.0)
+    assert cut.learned() == ["答<|im_end|>"] and cut.meta["cut"] == {"words behind a marker": 1}
+
+
+# ---------------------------------------------------------------- which files, which split
+
+
+def test_links_patterns_and_several_paths(tok_file):
+    os.makedirs("disk/wiki")
+    write("disk/wiki/w.jsonl", [{"text": POEMS[0]}])
+    write("in/a.jsonl", [{"text": POEMS[1]}])
+    write("in/.hidden.jsonl", [{"text": "不读"}])
+    os.symlink(os.path.abspath("disk/wiki"), "in/wiki")
+    os.symlink(os.path.abspath("in"), "in/wiki/back")  # a circle
+    assert run(tok_file, val_fraction=0.0).texts() == sorted(POEMS[:2])
+    write("other.jsonl", [{"text": POEMS[2]}])
+    assert run(tok_file, input="in/*.jsonl,other.jsonl", val_fraction=0.0).texts() == sorted(POEMS[1:3])
+    with pytest.raises(SystemExit, match="--input=nothing/. does not exist"):
+        run(tok_file, input="in,nothing/*")
+
+
+def test_a_txt_of_json_lines(tok_file):
+    write("in/a.txt", [{"text": poem} for poem in POEMS])
+    assert run(tok_file).all_texts() == sorted(POEMS)
+
+
+def test_a_txt_of_an_article_a_line_is_asked_about(tok_file, capsys):
+    articles = [poem * 30 + str(i) for i, poem in enumerate(POEMS * 5)]
+    with open("in/a.txt", "w") as f:
+        f.write("\n".join(articles))
+    with pytest.raises(SystemExit, match="unclear where documents end"):
+        run(tok_file)
+    assert "--txt_document=line" in capsys.readouterr().err
+    assert run(tok_file, txt_document="line").all_texts() == sorted(articles)
+    assert "".join(run(tok_file, txt_document="file").texts()) in "\n".join(articles)
+
+
+@pytest.mark.parametrize("kind", ["sft", "pairs"])
+def test_a_question_is_in_one_split(tok_file, kind):
+    write("in/a.jsonl", [{"prompt": f"问{i % 40}", **({"completion": f"答{i}"} if kind == "sft" else
+                                                    {"chosen": f"好{i}", "rejected": f"坏{i}"})} for i in range(400)])
+    folder = run(tok_file, kind=kind, val_fraction=0.1)
+    asked = [{re.search("问([0-9]+)", text)[1] for text in folder.texts(split)} for split in ("train", "val")]
+    assert asked[1] and not asked[0] & asked[1] and folder.meta["noticed"] == {}
+    # where the records say another thing, it is said
+    write("in/a.jsonl", [{"prompt": f"问{i % 40}", "chosen": f"好{i}", "rejected": "坏", "split": "val" if i < 10 else "train"}
+                         for i in range(400)])
+    folder = run(tok_file, kind="pairs")
+    assert folder.meta["noticed"] == {"held out, but with a question that is trained on": 10}
+
+
+def test_one_question_alone_still_has_two_splits(tok_file):
+    write("in/a.jsonl", [{"prompt": "问", "completion": f"答{i}"} for i in range(20)])
+    folder = run(tok_file, kind="sft")
+    assert len(folder.texts("val")) == 1 and folder.meta["noticed"] == {"held out, but with a question that is trained on": 1}
+
+
+def test_file_names_that_are_no_utf8(tok_file):
+    with open(b"in/\xb4\xba.jsonl", "w") as f:  # a name in GB18030
+        f.write(json.dumps({"text": POEMS[0]}))
+    write("in/b.jsonl", [{"text": POEMS[1]}])
+    folder = run(tok_file, val_fraction=0.0)
+    assert folder.texts() == sorted(POEMS[:2])
+    assert sorted(map(os.fsencode, folder.meta["sources"])) == [b"in/b.jsonl", b"in/\xb4\xba.jsonl"]
+
+
+def test_one_process_a_folder(tok_file):
+    write("in/a.jsonl", [{"text": poem} for poem in POEMS])
+    with pytest.raises(SystemExit, match="another process is preparing data/x"):
+        with new_folder("data/x"):
+            run(tok_file)
+    assert os.listdir("data") == []
+    run(tok_file)
+    assert os.listdir("data") == ["x"]
+
+
+# ---------------------------------------------------------------- token files
+
+LINES = [f"{poem}{i}\n" for i, poem in enumerate(POEMS * 50)]
+
+
+@pytest.fixture
+def foreign():
+    """A vocabulary as Llama 2 and ChatGLM2 have it, <s> 1 and </s> 2, that puts a space before a text."""
+    import sentencepiece
+    with open("foreign.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(POEMS * 50), model_writer=f, vocab_size=400, model_type="bpe", byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", user_defined_symbols=["\n"])
+    return load_tokenizer("foreign.model")
+
+
+@pytest.mark.parametrize("dtype,header,opened,ended", [
+    ("<u2", False, False, True), ("<u4", False, False, True), ("<u2", True, False, True), ("<u2", False, True, True),
+    ("<u2", False, True, False)])
+def test_token_files(foreign, dtype, header, opened, ended):
+    """nanoGPT and baby-llama2-chinese end each text, llm.c has a header, llama2.c opens each text."""
+    ids = []
+    for line in LINES:
+        ids += [1] * opened + foreign.encode(line) + [2] * ended
+    for name, part in (("a", ids[:len(ids) // 2]), ("b", ids[len(ids) // 2:])):
+        with open(f"in/{name}.bin", "wb") as f:
+            if header:
+                f.write(np.array([20240520, 1, len(part)] + [0] * 253, "<i4").tobytes())
+            f.write(np.array(part, dtype).tobytes())
+    folder = run("foreign.model", input="in/*.bin", val_fraction=0.2)
+    train, val = folder.meta["train"], folder.meta["val"]
+    texts = [foreign.decode(row[:-1]) for row in folder.rows() + folder.rows("val")]
+    assert texts == LINES and folder.meta["dtype"] == "uint16"
+    assert train["documents"] + val["documents"] == folder.meta["read"] == folder.meta["kept"] == len(LINES)
+    assert train["bytes"] + val["bytes"] == sum(len(line.encode()) for line in LINES)
+    assert train["characters"] + val["characters"] == sum(map(len, LINES))
+    assert 0.1 < val["tokens"] / (train["tokens"] + val["tokens"]) < 0.3
+
+
+@pytest.mark.parametrize("ids,settings,said", [
+    ([5, 6, 2, 60_000], {}, "token 3 is 60,000, but the vocabulary has"),
+    ([5, 6, 7], {}, "nothing in in/a.bin ends a text"),
+    ([5, 2], {"kind": "sft"}, "--kind=text"),
+    ([5, 2], {"tok_file": ""}, "--tokenizer= must name"),
+])
+def test_token_files_that_cannot_be_used(foreign, ids, settings, said):
+    np.array(ids, "<u2").tofile("in/a.bin")
+    with pytest.raises(SystemExit, match=said):
+        run(**{"tok_file": "foreign.model", "input": "in/a.bin", **settings})
+    with open("in/a.bin", "ab") as f:
+        f.write(b"x")
+    with pytest.raises(SystemExit, match=r"--kind|--tokenizer|no whole number of uint16 ids: is it cut off\?"):
+        run(**{"tok_file": "foreign.model", "input": "in/a.bin", **settings})
+
+
+# ---------------------------------------------------------------- one reader for every script
+
+
+@pytest.mark.parametrize("name,data", [
+    ("q.json", json.dumps([{"prompt": poem} for poem in POEMS], ensure_ascii=False, indent=1).encode()),
+    ("q.jsonl", b"\xef\xbb\xbf" + "".join(json.dumps({"prompt": poem}) + "\n" for poem in POEMS).encode()),
+    ("q.csv", ("prompt\n" + "\n".join(POEMS) + "\n").encode()),
+    ("q.txt", "\n".join(POEMS).encode("gb18030")), ("q.txt", "\ufeff".encode() + "\r\n".join(POEMS).encode()),
+])
+def test_prompts_of_sample_come_from_any_file(name, data):
+    from sample import Config, read_prompts
+    with open(name, "wb") as f:
+        f.write(data)
+    assert read_prompts(Config(prompts=name)) == POEMS
+
+
+def test_exams_and_pairs_come_from_any_file():
+    from recipes.exams import read_pairs, read_rows
+    with open("exam.csv", "w", encoding="gb18030", newline="") as f:
+        csv.writer(f).writerows([["", "Question", "A", "B", "C", "D", "Answer"], [0, "月亮？", "一", "二", "三", "四", "B"]])
+    assert [row["question"] + row["answer"] for row in read_rows("exam.csv")] == ["月亮？B"]
+    with open("pairs.json", "w") as f:
+        json.dump([{"sentence_good": "好", "sentence_bad": "坏"}], f)
+    assert read_pairs("pairs.json") == (["好"], ["坏"])
+    with open("broken.jsonl", "w") as f:
+        f.write('{"sentence_good": "好"')
+    with pytest.raises(SystemExit, match="broken.jsonl"):
+        read_pairs("broken.jsonl")
