@@ -37,9 +37,9 @@ from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
-from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts, summary
-from common.rollout import teacher_scorer
+from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
+from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts
+from common.rollout import summary, teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -72,7 +72,9 @@ class Config:
     # batch: grad_accum * batch_size prompts a step, each answered group_size times
     batch_size: Count = 16                  # prompts in a micro-step
     grad_accum: Count = 1                   # micro-steps in a step, all processes together
-    max_new_tokens: Count = 96
+    max_new_tokens: Count = 96              # of a turn
+    environment: str = ""                   # FILE.py:FUNCTION(text) -> what a turn that calls a tool is told, or None
+    turns: Count = 4                        # the model's, at most, with an environment
     temperature: Positive = 1.0
     # update
     max_steps: Count = 100
@@ -102,6 +104,7 @@ class Config:
 
 # settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
+    "turns": "environment",
     "clip": "ppo_epochs * minibatches > 1",
     "clip_high": "ppo_epochs * minibatches > 1",
     "ratio": "ppo_epochs * minibatches > 1",
@@ -193,6 +196,7 @@ def main(cfg):
         reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
+    environment = load_function(cfg.environment) if cfg.environment else None
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
     net = model
     if env.world > 1:
@@ -216,7 +220,7 @@ def main(cfg):
     trim_log(cfg, env, step)
     if step == 0:
         # where it starts from, to compare with
-        log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+        log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
@@ -228,7 +232,7 @@ def main(cfg):
         # (1) answer every prompt G times: each process the prompts of its micro-steps
         documents = []
         for prompts, seed in step_prompts(train, G, cfg, step, micro):
-            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env)
+            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env, environment)
         generated = time.perf_counter()
 
         # (2) score the answers, and keep the log-probs of the policy before its update, and of the reference
@@ -331,13 +335,13 @@ def main(cfg):
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers
-            record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env))
+            record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
         log(cfg, env, step, record)
         if measure:
-            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     if step < cfg.max_steps:
         # stopped: the last finished step is not lost
-        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 

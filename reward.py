@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
 from common.data import get_prompts, open_pairs, shuffled
 from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
+from common.lora import start_lora
 from common.loss import score_answers
 from common.optim import lr_at, make_adamw, set_lr
 from configurator import Count, NonNegative, Positive, Whole, run
@@ -40,6 +41,10 @@ class Config:
     init_from: str = "out/poems-sft"  # a run of sft.py (or of pretrain.py)
     out_dir: str = "out/reward"
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
+    # adapters (common/lora.py)
+    lora_rank: Whole = 0           # 0: train all weights
+    lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # loss
     centre: NonNegative = 0.001    # weight of (chosen + rejected)^2: keeps scores near 0 (arXiv 2312.09244)
     # batch: a step sees batch_size * grad_accum prompts with all their completions, whatever the number of processes
@@ -60,6 +65,12 @@ class Config:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bf16 where it is fast
     seed: Whole = 1234
+
+
+# settings that change nothing without another one
+NEEDS = {
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank"}
 
 
 def ranked_pairs(sizes, device="cpu"):
@@ -134,12 +145,15 @@ def main(cfg):
     # ------------------------------------------------------------------------ model
     # a model that writes answers also knows what they say: keep all of it but the head over the vocabulary, and put a
     # head with one output in its place
-    base, tokenizer, _ = load_model(cfg.init_from)
+    base, tokenizer, checkpoint = load_model(cfg.init_from)
     model = ScalarModel(base.config)
     weights = base.state_dict()
     weights.pop("lm_head.weight", None)
     model.trunk.load_state_dict(weights, strict=True)
-    del base, weights
+    if cfg.lora_rank:
+        # freeze the trunk but for adapters; the head is new, and learns as it is
+        model.lora = start_lora(model.trunk, cfg, checkpoint["model"], tokenizer).lora
+    del base, weights, checkpoint
     # pairs see differences alone, where a bias cancels out: without the centre its gradient would be rounding noise
     model.head.bias.requires_grad_(cfg.centre > 0)
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from common.distributed import all_sum, leave
-from common.lora import adapters_of, merge_adapters, weights_hash
+from common.lora import adapters_of, head_of, merge_adapters, weights_hash
 from common.sharding import is_shard, load_shards, shard_checkpoint
 from configurator import check
 from model import ModelConfig, ScalarModel, Transformer
@@ -142,7 +142,7 @@ def restore(checkpoint, model, optimizers, env):
             optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32
         env.scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["best_val"]
+    return checkpoint["step"], checkpoint.get("best_val", math.inf)
 
 
 # ---------------------------------------------------------------------------- save
@@ -242,20 +242,28 @@ def load_model(path, device="cpu"):
     check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
           f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
     weights = checkpoint["model"]
-    lora = checkpoint.get("lora")
-    if lora:
-        # the file holds adapters alone: what they are added to lies in another run
-        base = os.path.normpath(os.path.join(folder, lora["base"]))
-        base_model, _, base_checkpoint = load_model(base)
-        check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
-              f"the adapters in {folder} were trained: train them again, or put the old base back")
-        scale = lora["alpha"] / lora["rank"]
-        weights = merge_adapters(base_model.state_dict(), checkpoint["model"], scale, lora.get("rows", ()))
+    if checkpoint.get("lora"):
+        weights = with_base(checkpoint, folder)
     with torch.device("meta"):
         model = Transformer(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(weights, strict=True, assign=True)  # the file's tensors themselves become the model's
     model.trained_len = checkpoint.get("trained_len") or model.trained_len
     return model.to(device), tokenizer, checkpoint
+
+
+def with_base(checkpoint, folder, prefix=""):
+    """Return the weights of a checkpoint that holds adapters alone: they are added to those of another run.
+
+    prefix: what the names of the base's weights get in this model.
+    """
+    lora = checkpoint["lora"]
+    base = os.path.normpath(os.path.join(folder, lora["base"]))
+    base_model, _, base_checkpoint = load_model(base)
+    check(weights_hash(base_checkpoint["model"]) == lora["base_hash"], f"{base} has other weights now than when "
+          f"the adapters in {folder} were trained: train them again, or put the old base back")
+    weights = {prefix + name: tensor for name, tensor in base_model.state_dict().items()}
+    scale = lora["alpha"] / lora["rank"]
+    return merge_adapters(weights, checkpoint["model"], scale, lora.get("rows", ()))
 
 
 def load_reward_model(path, device="cpu", fingerprint=None):
@@ -264,8 +272,14 @@ def load_reward_model(path, device="cpu", fingerprint=None):
     check(checkpoint["stage"] == "reward", f"{path} is a run of {checkpoint['stage']}.py, wanted one of reward.py")
     check(fingerprint in (None, checkpoint["fingerprint"]), f"{path} was trained with another tokenizer "
           f"({checkpoint['fingerprint'][:12]}) than the model it is to score ({str(fingerprint)[:12]})")
+    weights = checkpoint["model"]
+    if checkpoint.get("lora"):
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        # the trunk lies in the run that it started from, without a head over the vocabulary; the score's head is here
+        weights = with_base(checkpoint, folder, "trunk.") | head_of(checkpoint["model"])
+        weights.pop("trunk.lm_head.weight", None)
     model = ScalarModel(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"], strict=True)
+    model.load_state_dict(weights, strict=True)
     return model.to(device)
 
 

@@ -31,8 +31,8 @@ def generate(
     """Continue each prompt (a list of ids) by up to max_new_tokens, group_size times; return the new ids, a list a row.
 
     A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
-    repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i, so
-    what it says does not depend on the rest of the batch. on_token(ids) sees each step's tokens, a list with one id a
+    repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i (or
+    seed[i]), so what it says does not depend on the rest of the batch. on_token(ids) sees each step's tokens, a list with one id a
     row (None in rows that have ended). The answers to prompt p are rows p * group_size and following.
     """
     if not prompts or not all(len(p) for p in prompts):
@@ -110,7 +110,7 @@ def draw_uniforms(seed, rows, steps):
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed + row)
+            generator.manual_seed(seed[row] if isinstance(seed, list) else seed + row)
         uniforms[row].uniform_(generator=generator)
     return uniforms
 

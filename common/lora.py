@@ -139,8 +139,15 @@ class WithoutAdapters:
 
 
 def adapters_of(model):
-    """What of the model's state dict its checkpoint holds."""
-    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    """What of the model's state dict its checkpoint holds: adapters, and the head of a reward model, which learns too."""
+    weights = model.state_dict()
+    adapters = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+    return adapters | head_of(weights)
+
+
+def head_of(weights):
+    """The head of a ScalarModel among its weights: a score is new, there is nothing to put adapters on."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
 
 
 def merge_adapters(weights, adapters, scale, rows=()):

@@ -19,11 +19,13 @@ from common.distributed import all_sum
 from common.generate import generate
 from common.loss import answer_logps, score_answers, token_logps
 from configurator import check
+from tokenizer import render_chat
 
 
-def rollout(model, prompts, group_size, cfg, tokenizer, seed, env):
-    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on the answer.
+def rollout(model, prompts, group_size, cfg, tokenizer, seed, env, environment=None):
+    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on what the model says.
 
+    environment(text) -> reply: what a turn that calls a tool is told, or None where it calls none; see go_on().
     One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
     """
     with env.autocast():
@@ -41,7 +43,52 @@ def rollout(model, prompts, group_size, cfg, tokenizer, seed, env):
         prompt = list(prompts[number // group_size])
         mask = [0] * len(prompt) + [1] * len(answer)
         documents.append((prompt + answer, mask))
+    if environment:
+        go_on(model, documents, answers, environment, cfg, tokenizer, seed, env)
     return documents
+
+
+def go_on(model, documents, answers, environment, cfg, tokenizer, seed, env):
+    """Where a turn calls a tool, append the reply (mask 0) and let the model go on (mask 1), up to cfg.turns turns.
+
+        12+34=?  <tool_call>…</tool_call>  │ 46 │  46        documents [(ids, mask)] grow in place; rows that call no tool
+        0000000  1111111111111111111111111  0000  11        any more are done, while others take their next turn
+    """
+    latest = dict(enumerate(answers))  # what each row said last
+    for turn in range(1, cfg.turns):
+        replies = {}
+        for number, said in latest.items():
+            reply = None
+            if said[-1] == tokenizer.im_end_id:
+                reply = environment(tokenizer.decode(said, skip_special=True))
+            if reply is not None:
+                message = {"role": "tool", "content": reply}
+                header, _ = render_chat(tokenizer, [message], add_generation_prompt=True)
+                replies[number] = tokenizer.encode("\n") + header
+        if not replies:
+            break
+        for number, reply in replies.items():
+            ids, mask = documents[number]
+            room = model.config.max_seq_len - len(ids) - len(reply)
+            check(cfg.max_new_tokens <= room, f"after {turn} turns of {cfg.turns} and a reply of {len(reply)} tokens there "
+                  f"is room for {room} more, not for max_new_tokens={cfg.max_new_tokens}: lower it, or --turns")
+            ids += reply
+            mask += [0] * len(reply)
+        with env.autocast():
+            new = generate(
+                model,
+                [documents[number][0] for number in replies],
+                cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                stop_ids=[tokenizer.im_end_id, tokenizer.eot_id],
+                pad_id=tokenizer.pad_id,
+                # a row's own, whoever else goes on; a million apart, as torch takes the lower 32 bits of a seed alone
+                seed=[seed + number + turn * 1_000_000 for number in replies])
+        latest = dict(zip(replies, new))
+        for number, said in latest.items():
+            ids, mask = documents[number]
+            ids += said
+            mask += [1] * len(said)
 
 
 def step_prompts(split, group_size, cfg, step, micro):
@@ -70,6 +117,17 @@ def check_prompts(splits, cfg, window, trained_len, env):
 # ---------------------------------------------------------------------------- scores
 
 
+def load_function(spec):
+    """Return the function that "file.py:name" names."""
+    path, _, name = spec.partition(":")
+    check(os.path.isfile(path) and name, f"{spec!r} is not FILE.py:FUNCTION (looked in {os.getcwd()})")
+    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    check(hasattr(module, name), f"{path} defines no function '{name}'")
+    return getattr(module, name)
+
+
 def function_scorer(spec, tokenizer, env):
     """Return a scorer, documents [(ids, mask)] -> scores (B), that calls the function named "file.py:name" with texts:
 
@@ -80,13 +138,7 @@ def function_scorer(spec, tokenizer, env):
 
     Where it fails on an answer, that answer is printed and its score is nan: see must_stop().
     """
-    path, _, name = spec.partition(":")
-    check(os.path.isfile(path) and name, f"{spec!r} is not FILE.py:FUNCTION (looked in {os.getcwd()})")
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    check(hasattr(module, name), f"{path} defines no function '{name}'")
-    function = getattr(module, name)
+    function = load_function(spec)
     in_batches = list(inspect.signature(function).parameters)[:2] == ["prompts", "answers"]
 
     def scores_of(prompts, answers):
@@ -176,6 +228,18 @@ def all_logps(model, batch, cfg, env):
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def all_values(critic, batch, cfg, env):
+    """The critic's value before each answer token, (B, T)."""
+    parts = []
+    for first in range(0, len(batch["ids"]), cfg.batch_size):
+        rows = slice(first, first + cfg.batch_size)
+        with env.autocast():
+            values = critic(batch["ids"][rows])                                    # (rows, T)
+        parts.append(values * batch["mask"][rows])
+    return torch.cat(parts)
+
+
 def k3(logps, ref_logps):
     """Unbiased, never negative estimate of KL(pi || ref) at samples of pi: ref/pi - 1 - log(ref/pi) (Schulman 2020)."""
     log_ratio = ref_logps - logps
@@ -215,6 +279,14 @@ def score_scale(batch, cfg, env):
     return mean, deviation
 
 
+def rescale_critic(critic, batch, cfg, env):
+    """Give the critic's values the mean and the deviation of a rule's scores, where a rule is the reward."""
+    mean, deviation = score_scale(batch, cfg, env)
+    if cfg.reward:
+        critic.head.weight.data *= deviation
+        critic.head.bias.data.fill_(mean)
+
+
 def must_stop(batch, env):
     """Whether a process was asked to stop, or a reward function failed: then nobody learns from this batch."""
     failed, signals = all_sum([batch["score"].isnan().any(), len(env.signals)], env)
@@ -224,7 +296,7 @@ def must_stop(batch, env):
 
 
 @torch.no_grad()
-def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env):
+def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env, environment=None):
     """Return summary() on the first eval_prompts of a split, shared among the processes, as {"val_…": number}: the same
     prompts and random numbers every time. {} without held-out prompts."""
     n_prompts = min(cfg.eval_prompts, len(split))
@@ -235,7 +307,7 @@ def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env):
     first = env.rank * n_prompts // env.world
     end = (env.rank + 1) * n_prompts // env.world
     prompts = [split.document(i)[0].tolist() for i in range(first, end)]
-    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env)
+    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env, environment)
     batch = make_batch(documents, tokenizer, scorer, watcher, env)
     batch["logps"] = all_logps(model, batch, cfg, env)
     batch["ref_logps"] = all_logps(reference, batch, cfg, env)

@@ -17,5 +17,6 @@ warmup_steps = 10
 decay_steps = 60
 
 eval_every = 100
+compile = False
 log_every = 20
-questions = "4713+2586=?|9504-8759=?"
+questions = "713+586=?|954-879=?"

@@ -10,11 +10,13 @@ out: <out_dir>/tokenizer.model, text.jsonl (pretraining), sft.jsonl, prompts.jso
 A thought takes one column a line from the right: what is left of both numbers, a 1 where one is carried (or borrowed),
 and the digits that are done. Each line follows from the one before it by the same rule, however long the numbers are:
 
-    4713+2586=?  →  471+258:9      3+6 = 9
-                    47+25:99       1+8 = 9
-                    4+2+1:299      7+5 = 12, carry 1
-                    0+0:7299       4+2+1 = 7
-                    7299           said after </think>
+    713+586=?  →  71+58:9          3+6 = 9
+                  7+5:99           1+8 = 9
+                  0+0+1:299        7+5 = 12, carry 1
+                  0+0:1299         what was carried
+                  1299             said after </think>
+
+Walks are lines of the text that practise reading long numbers, and add nothing: 47&25=?  4&2:75  0&0:4275  4275.
 
 No training file holds a pair of numbers that stands in dev.jsonl or test.jsonl, in either order, nor any number of more
 than `digits` digits to add or subtract. Settings were chosen on dev.jsonl alone.
@@ -33,12 +35,12 @@ from tokenizer import train_tokenizer
 @dataclass
 class Config:
     out_dir: str = "data/raw/sums"
-    digits: Count = 4              # of the longest numbers
+    digits: Count = 3              # of the longest numbers
     thought: Literal["steps", "columns"] = "steps"  # columns: only the sum of each column, 3+6=9
     # pretraining text
     documents: Count = 20_000      # of ten sums each
     worked_text: Share = 0.25      # of the sums are worked line by line; the others just say the result
-    apart: Share = 0.0             # of the lines take one number apart, of up to twice as many digits, without a sum
+    walks: Share = 0.2             # of the lines walk through two numbers of up to `digits` + 2 digits, and add nothing
     # instruction data
     worked: Whole = 400            # conversations that think first
     plain: Whole = 600             # conversations that say the result at once
@@ -98,13 +100,16 @@ def columns(a, op, b):
     return lines
 
 
-def take_apart(number):
-    """The lines of steps() for one number: 4713=?  471:3  47:13  4:713  0:4713  4713."""
-    digits = str(number)
-    lines = [f"{digits}=?"]
-    for i in range(len(digits) - 1, 0, -1):
-        lines.append(f"{digits[:i]}:{digits[i:]}")
-    return "\n".join([*lines, f"0:{digits}", digits])
+def walk(a, b):
+    """The lines of steps() with & for an operator, which adds nothing: 47&25=?  4&2:75  0&0:4275  4275."""
+    lines = [f"{a}&{b}=?"]
+    done = ""
+    while a or b:
+        done = f"{a % 10}{b % 10}{done}"
+        a //= 10
+        b //= 10
+        lines.append(f"{a}&{b}:{done}")
+    return "\n".join([*lines, done])
 
 
 THOUGHTS = {"steps": steps, "columns": columns}
@@ -173,8 +178,9 @@ def text_line(rng, sums, cfg):
     if rng.random() < 0.1:
         x, y, carry = rng.randrange(10), rng.randrange(10), rng.randrange(2)
         return f"{x}+{y}+{carry}={x + y + carry}"
-    if rng.random() < cfg.apart:
-        return take_apart(rng.randrange(10 ** rng.randint(1, 2 * cfg.digits)))
+    if rng.random() < cfg.walks:
+        a, _, b = draw(rng, cfg.digits + 2)
+        return walk(a, b)
     a, op, b = next(sums)
     if rng.random() < cfg.worked_text:
         # without the tags of a chat: those are left to the conversations
