@@ -227,7 +227,8 @@ def load_tokenizer(path):
     """Open a vocabulary: a sentencepiece model, a rank file, a folder with one of these or of transformers."""
     path = os.fspath(path)
     folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+    theirs = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    if any(os.path.exists(os.path.join(folder, name)) for name in theirs):
         read_folder = importlib.import_module(HF_READER).read_folder
         data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
         return make_tokenizer(data, settings, folder)

@@ -16,15 +16,15 @@ max_seq_len = 512          # what chat will need; pretraining reads rows of 128
 
 seq_len = 128
 batch_size = 16            # 2,048 tokens a step: small batches learn more a minute here
-max_steps = 1_100
+max_steps = 1_250
 optimizer = "muon"
 lr = 1e-2
 min_lr = 3e-4
 momentum = 0.8
 warmup_steps = 50
-decay_steps = 350          # flat, then a linear fall
+decay_steps = 400          # flat, then a linear fall
 weight_decay = 0.1
 
-eval_every = 275
+eval_every = 250
 log_every = 25
 sample_start = "床前明月光"

@@ -99,7 +99,7 @@ def to_ranking(record, notes):
             if turns and turns[0]["role"] != "system":
                 turns = system + turns
             texts = "\n".join(m["content"] for m in turns)
-            if not all(m["content"] in texts for m in prompt):
+            if not all(m["content"] in texts for m in prompt if m["role"] == "user"):
                 raise Skip("answers to different prompts", f"the prompt is not in what the answer begins with: {brief(texts)}")
         whole.append(turns)
     if not all(turns and all(m["content"] for m in turns) for turns in whole):

@@ -76,7 +76,8 @@ def read_text(path):
     try:
         with open(path, "rb") as raw:
             f = open_text(raw)
-            return "".join(repair(line, f.encoding) for line in f)
+            text = "".join(repair(line, f.encoding) for line in f)
+            return text.replace("\r\n", "\n").replace("\r", "\n")
     except Skip as skip:
         fail(f"{path}: {skip}")
 

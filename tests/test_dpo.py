@@ -1,17 +1,15 @@
 """dpo.py: its losses against plain loops over the papers' formulas and against TRL, the reference, the loop, and whether
 it recovers the reward that made the preferences."""
 import math
-import types
 
 import numpy as np
 import pytest
 import torch
-from oracles import random_model, twin
-from small_runs import CPU, make_run, mean_nll, read_log, run, settings, write_pairs
+from small_runs import make_run, mean_nll, read_log, run, settings, write_pairs
 
 import dpo
 from common.checkpoint import load_checkpoint, load_model
-from common.data import open_data, pad
+from common.data import open_data
 
 LOSSES = ["dpo", "cdpo", "ipo", "simpo", "orpo"]
 
@@ -27,12 +25,6 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def random_pairs(n=9):
-    lengths = torch.randint(1, 12, (2, n)).double()
-    logps, refs = -2 * torch.rand(2, 2, n, dtype=torch.float64) * lengths
-    return logps[0], logps[1], refs[0], refs[1], lengths[0], lengths[1]
-
-
 def test_orpo_where_a_probability_is_1():
     """Loss and gradient are finite where p is 1 in fp32, and where the other one is 0."""
     c = torch.tensor([0.0, -1e-9, -1e-3], requires_grad=True)
@@ -41,83 +33,6 @@ def test_orpo_where_a_probability_is_1():
     losses, _, _ = dpo.preference_loss(c, r, zeros, zeros, ones, ones, dpo.Config(loss="orpo"))
     losses.sum().backward()
     assert losses.isfinite().all() and c.grad.isfinite().all() and r.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------------------- TRL
-
-
-def rows_for_both(n=5):
-    """The same rows for us (documents, best first) and as text of a word a token for TRL: 2 ends an answer."""
-    documents, rows = [], []
-    g = torch.Generator().manual_seed(3)
-    for _ in range(n):
-        prompt = torch.randint(3, 96, (int(torch.randint(1, 6, (), generator=g)),), generator=g).tolist()
-        answers = [torch.randint(3, 96, (int(torch.randint(1, 9, (), generator=g)),), generator=g).tolist() + [2]
-                   for _ in range(2)]
-        documents += [(prompt + a, [0] * len(prompt) + [1] * len(a)) for a in answers]
-        words = [" ".join(f"<{i}>" for i in ids) for ids in (prompt, *answers)]
-        rows.append({"prompt": words[0] + " ", "chosen": words[1], "rejected": words[2]})
-    return documents, rows
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer():
-    pytest.importorskip("trl", reason="pip install trl==1.12.0")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(96)}, unk_token="<1>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<2>", pad_token="<0>")
-
-
-def trl_loss(rows, policy, reference, tokenizer, folder, **options):
-    """The loss TRL's DPOTrainer computes for all rows in one batch, through its own data path; and its model."""
-    import datasets
-    import trl
-    args = trl.DPOConfig(output_dir=str(folder), use_cpu=True, report_to=[], bf16=False, gradient_checkpointing=False,
-                         disable_tqdm=True, **options)
-    trainer = trl.DPOTrainer(model=twin(policy, "llama"), ref_model=twin(reference, "llama"), args=args,
-                             train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
-    loss = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(list(trainer.train_dataset)))
-    return loss, trainer.model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "cdpo"])
-def test_equals_trls_trainer(word_tokenizer, tmp_path, loss):
-    """Same weights, same rows: masks, shift, padding, reference, normalisation and formula, and the gradient too. TRL
-    1.12 has no cDPO of its own, so it is mixed from TRL's losses of the rows and of the rows the wrong way round."""
-    documents, rows = rows_for_both()
-    policy, reference = random_model("llama", seed=1), random_model("llama", seed=2)
-    cfg = dpo.Config(loss=loss, beta=0.05 if loss != "ipo" else 0.3, label_smoothing=0.2)
-    ours, _ = dpo.batch_loss(policy, policy, reference, pad(documents, 0), [2] * len(rows), cfg, CPU)
-    options = dict(beta=cfg.beta, loss_type=["ipo" if loss == "ipo" else "sigmoid"])
-    theirs, embed = trl_loss(rows, policy, reference, word_tokenizer, tmp_path, **options)
-    grad = torch.autograd.grad(theirs, embed)[0]
-    if loss == "cdpo":
-        swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-        flipped, embed = trl_loss(swapped, policy, reference, word_tokenizer, tmp_path, **options)
-        theirs, grad = 0.8 * theirs + 0.2 * flipped, 0.8 * grad + 0.2 * torch.autograd.grad(flipped, embed)[0]
-    assert abs(ours.item() - theirs.item()) < 1e-5 * max(1, abs(theirs.item()))
-    assert torch.allclose(torch.autograd.grad(ours, policy.embed.weight)[0], grad, atol=1e-5 * max(1, grad.abs().max()))
-
-
-@pytest.mark.parametrize("loss", ["simpo", "orpo"])
-def test_equals_trls_functions(loss):
-    pytest.importorskip("trl", reason="pip install trl==1.12.0")
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-    c, r, _, _, n_c, n_r = (x.float() for x in random_pairs())
-    cfg = dpo.Config(loss=loss, beta=0.4, simpo_gamma=0.7)
-    ours, chosen, rejected = dpo.preference_loss(c, r, 0 * c, 0 * r, n_c, n_r, cfg)
-    trainer = types.SimpleNamespace(beta=0.4, simpo_gamma=0.7, label_smoothing=0.0, alpha=0.0, loss_type="simpo",
-                                    accelerator=types.SimpleNamespace(device="cpu"))
-    if loss == "simpo":
-        theirs, *rewards = CPOTrainer.cpo_loss(trainer, c / n_c, r / n_r)
-    else:  # TRL's likelihood term covers the prompt too, the paper's the answer alone: ours is the paper's
-        ratio, *rewards = ORPOTrainer.odds_ratio_loss(trainer, c / n_c, r / n_r)[:3]
-        theirs = -c / n_c - ratio
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert torch.allclose(chosen, rewards[0], atol=1e-6) and torch.allclose(rejected, rewards[1], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- the loop

@@ -164,15 +164,6 @@ def test_scores_are_read_at_the_last_learned_token():
         assert largest(score - model(torch.from_numpy(ids[None, :last + 1]))[0, last]) < 1e-5
 
 
-def test_length_buckets_limit_padding():
-    ends = torch.tensor([3000, 5, 2500, 5, 1200, 1100, 900, 5000])
-    groups = loss_file.length_buckets(ends)
-    assert sorted(torch.cat(groups).tolist()) == list(range(8))
-    for rows in groups:
-        assert len(rows) == 1 or len(rows) * ends[rows].max() <= 4096
-    assert len(groups) == 5  # 5 5 900 1100 together would be 4,400 tokens
-
-
 def test_distillation_loss_equals_a_plain_loop(monkeypatch):
     """distillation_loss: token by token sum p log(p / q), p the teacher's; gradients too; in chunks of 3 rows. From
     oneself there is nothing to learn."""

@@ -1,13 +1,8 @@
 """recipes/poems.py and rewards.py by examples: lines, forms, rhymes, rewards by rule, what is tidied and spoiled."""
-import json
-import random
 
 import pytest
 
-from readers.account import Notes
-from readers.calls import list_tools
-from readers.chats import to_conversation
-from recipes import poems, smalltalk
+from recipes import poems
 from recipes.rewards import quatrain, rhyming
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
@@ -64,56 +59,3 @@ def test_rhyming():
     assert rhyming(five, "") == 0.0 and rhyming("你好", whole) == 0.0 and rhyming("写一首七言绝句", whole) == 0.0
     eight = ["床前明月光", "疑是地上霜", "举头望明月", "低头思故乡", "春眠不觉晓", "处处闻啼章", "夜来风雨声", "花落知多天"]
     assert rhyming("写一首五言律诗", "，".join(eight)) == pytest.approx(0.5 + 0.5 * 2 / 3)   # 霜 乡 章 of four ends
-
-
-def test_make_poem():
-    poem = poems.make_poem("唐诗", "折杨柳十首 一（一作柳枝）", "薛能2",
-                           ["华清（一作「花（又）清」）高树出离宫，南陌柔条带暖风。", "（以上见《文苑英华》。", "）"])
-    assert (poem["title"], poem["author"]) == ("折杨柳十首·其一", "薛能")
-    assert poem["body"] == "华清高树出离宫，南陌柔条带暖风。"
-    assert poems.make_poem("唐诗", "题", "某", ["月色清且[冷]，桂香落人衣。"])["body"] == "月色清且冷，桂香落人衣。"
-    for bad in (["明时好□进，莫滞长卿才。"], ["村旗{牙丿=丶}夸酒，薄升斗窄。"], [], ["空。"], ["见《全唐诗》卷十，今补。"]):
-        assert poems.make_poem("唐诗", "题", "某", bad) is None
-    assert poems.tidy_title("寄生草・但得黄鸡嫩，白酒熟") == "寄生草"
-    assert poems.tidy_title("相和歌辞 猛虎行") == "相和歌辞·猛虎行"
-
-
-def test_tidy_idiom():
-    row = {"word": "阿党比周", "explanation": "指勾结。", "derivation": "三国·魏·曹操《整齐风俗令》阿党比周，先圣所疾也。”",
-           "example": "或众～，不可不察。★《论语》"}
-    idiom = poems.tidy_idiom(row)
-    assert idiom["derivation"] == "三国·魏·曹操《整齐风俗令》：“阿党比周，先圣所疾也。”"
-    assert idiom["example"] == "或众阿党比周，不可不察。（《论语》）"
-    assert poems.idiom_text(idiom).split("\n")[0] == "成语：阿党比周"
-    nothing = poems.tidy_idiom({**row, "derivation": "无", "example": "无。"})
-    assert poems.idiom_text(nothing) == "成语：阿党比周\n释义：指勾结。"
-    novel = poems.tidy_quotes("《儿女英雄传》第三三回我家虽不宽余。”")
-    assert novel == "《儿女英雄传》第三三回：“我家虽不宽余。”"
-    assert poems.tidy_quotes("见阿家阿翁”。") == "见阿家阿翁。"
-
-
-def test_spoiled_poems():
-    rng = random.Random(0)
-    poem = {"body": QUIET_NIGHT, "form": "五言绝句"}
-    other = {"body": "去年今日此门中，人面桃花相映红。\n人面不知何处去，桃花依旧笑春风。", "form": "七言绝句"}
-    shuffled = poems.spoil(rng, poem, [other], "shuffled")
-    assert shuffled != QUIET_NIGHT and sorted(poems.poem_lines(shuffled)) == sorted(poems.poem_lines(QUIET_NIGHT))
-    assert poems.poem_form(poems.spoil(rng, poem, [other], "uneven")) is None
-    assert len(set(poems.poem_lines(poems.spoil(rng, poem, [other], "repeated")))) == 2
-    assert poems.spoil(rng, poem, [poem, other], "another form") == other["body"]
-
-
-def test_tool_talks():
-    """The call is what the server reads as one; the answer says what the tool said; what was asked is what is called."""
-    records = smalltalk.tool_talks(random.Random(0), 200)
-    names = set()
-    for record in records:
-        system, question, call, result, answer = to_conversation(record, Notes())
-        (offered,) = record["tools"]
-        assert system["content"].strip() == list_tools([offered])
-        made = json.loads(call["content"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
-        assert made["name"] == offered["name"] and made["arguments"].keys() == offered["parameters"].keys()
-        assert all(value in question["content"] for value in made["arguments"].values())
-        assert result["role"] == "tool" and result["content"] in answer["content"]
-        names.add(made["name"])
-    assert names == {"get_weather", "get_time"}

@@ -98,18 +98,6 @@ def test_unended_answers_are_penalised(play, monkeypatch):
     assert torch.allclose(without - with_penalty, 100.0 * (1 - ended)[:, None] * mask, atol=1e-3)
 
 
-def test_micro_steps_do_not_matter(play, monkeypatch):
-    """Four micro-steps of 8 prompts are the update that their rows make in any order: rows are numbered globally."""
-    results = []
-    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
-        models = toy_models()
-        monkeypatch.setattr(ppo, "micro_steps", lambda grad_accum, env, order=order: order)
-        play(ppo, models, [[5 + i // 8] for i in range(32)], batch_size=8, grad_accum=4, lr=1e-4, min_lr=1e-4,
-             critic_lr=1e-4)
-        results.append(weights(models[0]))
-    assert torch.allclose(*results, atol=1e-6)
-
-
 def test_what_the_log_says_of_the_updates(play, monkeypatch):
     """clip_share: tokens whose ratio left the bounds; step_kl: k3 from the policy that answered; means over updates."""
     calls = spy(monkeypatch, ppo, "policy_loss")

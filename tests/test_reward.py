@@ -1,7 +1,5 @@
 """reward.py: its loss and accuracies by hand, as plain loops and against TRL, its score, its bias, its loop."""
 import math
-import types
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -48,26 +46,6 @@ def test_loss_is_the_double_loop_over_each_prompts_pairs(centre):
         start += K
     losses = reward.ranking_loss(scores, SIZES, centre)
     assert torch.allclose(losses, torch.tensor(expected, dtype=torch.float64), atol=1e-12)
-
-
-def test_loss_equals_trl():
-    """TRL's own compute_loss on the same scores: plain and centred."""
-    trl = pytest.importorskip("trl", reason="pip install trl==1.12.0")
-    scores = torch.randn(12)
-    batch = torch.cat([scores[0::2], scores[1::2]])  # TRL's batches hold all chosen, then all rejected answers
-
-    def theirs(centre):
-        gather = types.SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
-        trainer = types.SimpleNamespace(
-            model=types.SimpleNamespace(training=True), accelerator=gather, _total_train_tokens=0,
-            args=types.SimpleNamespace(center_rewards_coefficient=centre), _metrics={"train": defaultdict(list)})
-        inputs = {"attention_mask": torch.ones(12, 5)}
-        model = lambda attention_mask, use_cache, **_: types.SimpleNamespace(logits=batch[:, None])  # noqa: E731
-        return trl.RewardTrainer.compute_loss(trainer, model, inputs)
-
-    for centre in (None, 0.01, 0.3):
-        ours = reward.ranking_loss(scores, [2] * 6, centre or 0.0).mean()
-        assert torch.allclose(ours, theirs(centre), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- model and score

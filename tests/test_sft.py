@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small_runs import CPU, conversation, make_run, refused, run, settings, spy
 
 import sft
-from common.checkpoint import load_checkpoint, load_model
+from common.checkpoint import load_model
 from common.data import Split, open_data
 from common.loss import cross_entropy
 from model import ModelConfig
@@ -149,21 +149,6 @@ def test_the_loss_of_a_step_is_the_mean_over_its_learned_tokens(place, tmp_path,
                 nats += (nll * learned[1:]).sum().item()
     assert len(set(n_learned)) == 2
     assert log[0]["loss"] == pytest.approx(nats / sum(n_learned), abs=2e-5)
-
-
-def test_a_step_is_saved_before_its_answers_are_printed(place, tmp_path, monkeypatch):
-    """Whatever happens while answers are looked at, the step is on the disk."""
-    cfg = settings(place[0], "sft", str(tmp_path), eval_every=2)
-    saved = []
-
-    def print_answers(*_):
-        saved.append((load_checkpoint(cfg.out_dir)["step"], load_checkpoint(f"{cfg.out_dir}/best.pt")["step"]))
-        raise RuntimeError("no console")
-
-    monkeypatch.setattr(sft, "print_answers", print_answers)
-    with pytest.raises(RuntimeError, match="no console"):
-        run(cfg)
-    assert saved == [(2, 2)]
 
 
 def test_distilled_from_itself_there_is_nothing_to_learn(place, tmp_path):

@@ -1,7 +1,7 @@
 # 13 G parameters: the shape of LLaMA 13B (Touvron et al. 2023, table 2), its batch of 4 M tokens, 1 T tokens. On each
 # of four machines with eight GPUs of 80 GB, HOST being one of them:
 #   torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/shapes/llama13b.py
-# Never run by us. `tools.estimate`: 22 GiB a process on 64 GPUs, 44 on 8; 56,000 GPU hours of H100: 73 days here.
+# Never run by us. `tools.estimate`: 53 GiB a process on 32 GPUs, 71 on 8; 56,000 GPU hours of H100: 73 days here.
 data_dir = "data/llama"
 out_dir = "out/llama13b"
 
@@ -14,8 +14,8 @@ tie_embeddings = False
 
 shard = True
 checkpoint_blocks = True
-batch_size = 4
-grad_accum = 512           # 512 * 4 * 2048 = 4,194,304 tokens a step
+batch_size = 16            # as many rows as fit: every micro-step waits for all weights to travel
+grad_accum = 128           # 128 * 16 * 2048 = 4,194,304 tokens a step
 max_steps = 238_500        # 1 T tokens
 lr = 3e-4
 min_lr = 3e-5

@@ -1,8 +1,7 @@
 # 65 G parameters: the shape of LLaMA 65B (Touvron et al. 2023, table 2), its batch of 4 M tokens, 1.4 T tokens. On each
 # of sixteen machines with eight GPUs of 80 GB, HOST being one of them:
 # torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py config/shapes/llama65b.py
-# Never run by us. `tools.estimate`: 48 GiB a process on 64 GPUs; 390,000 GPU hours of H100: 127 days here.
-# At its start each process makes the whole model in the machine's memory: 8 * 243 GiB here.
+# Never run by us. `tools.estimate`: 52 GiB a process on 128 GPUs; 390,000 GPU hours of H100: 127 days here.
 data_dir = "data/llama"
 out_dir = "out/llama65b"
 
@@ -15,8 +14,8 @@ tie_embeddings = False
 
 shard = True
 checkpoint_blocks = True
-batch_size = 2
-grad_accum = 1024          # 1024 * 2 * 2048 = 4,194,304 tokens a step
+batch_size = 4             # as many rows as fit: every micro-step waits for all weights to travel
+grad_accum = 512           # 512 * 4 * 2048 = 4,194,304 tokens a step
 max_steps = 333_800        # 1.4 T tokens
 lr = 1.5e-4
 min_lr = 1.5e-5

@@ -36,7 +36,9 @@ def chat(browser, live):
     host.page.click("#gear")
     yield host
     tap.let(None)
-    assert not host.said, "nothing is to be said on the console"
+    # a 400 is how it learns that a conversation is too long for the model
+    said = [line for line in host.said if "400 (Bad Request)" not in line]
+    assert not said, "nothing else is to be said on the console"
     assert all(url.startswith((f"http://127.0.0.1:{port}/", "data:")) for url in host.asked), "it asks its server alone"
     host.close()
 

@@ -1,6 +1,8 @@
 """Files cut short, foreign or full of zeros, a disk without room, kill -9 while saving: nothing whole is ever lost."""
 import dataclasses
 import io
+import json
+import math
 import os
 import resource
 import subprocess
@@ -10,9 +12,11 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import assert_same, run, settings
+from small_runs import CPU, assert_same, run, settings
+from test_checkpoint import a_run, contents, other_tokenizer, refuses, save_run, tokenizer  # noqa: F401 (fixtures)
 
-from common.checkpoint import load_checkpoint, load_model, load_reward_model
+import pretrain
+from common.checkpoint import load_checkpoint, load_model, load_reward_model, log, trim_log
 
 
 class Evil:
@@ -194,3 +198,23 @@ def test_a_torn_last_line_is_no_error(tmp_path, torn):
     assert steps[:2] == [1, 2] and steps[-1] == 4 and set(steps[2:-1]) <= {3}
     trim_log(cfg, CPU, 0)
     assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("where", ["model", "critic"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, tokenizer, where):
+    model, cfg, optimizers = a_run(tmp_path, tokenizer)
+    before = contents(tmp_path)
+    extra = {"critic": {"head.bias": torch.tensor([math.nan])}} if where == "critic" else {}
+    if where == "model":
+        model.norm.weight.data[3] = math.inf
+    refuses(lambda: save_run(pretrain, cfg, model, optimizers, tokenizer, 8, **extra),
+            "after step 8 not all weights are finite", "Lower --lr")
+    assert contents(tmp_path) == before
+
+
+def test_the_tokenizer_beside_a_checkpoint_is_the_one_it_was_trained_with(tmp_path, tokenizer, other_tokenizer):
+    """Also after a start with other data in the same folder, and where a full disk has left half of it."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.data[:100])
+    for tok in (tokenizer, other_tokenizer, other_tokenizer):
+        a_run(tmp_path, tok)
+        assert (tmp_path / "tokenizer.model").read_bytes() == tok.data

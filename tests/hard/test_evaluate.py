@@ -12,7 +12,7 @@ from recipes import exams
 from small_runs import CPU
 from tokenizer import train_tokenizer
 from tools import evaluate
-from tools.evaluate import Config, cell, minimal_pairs, share, table, text_bits, wilson
+from tools.evaluate import Config, minimal_pairs, share, table, text_bits, wilson
 
 SMALL = dict(vocab_size=448, dim=32, n_layers=2, n_heads=4, max_seq_len=96)
 

@@ -686,12 +686,13 @@ def test_a_llama_brought_in_begins_and_ends_as_there(add_bos, text, place, lines
     export.main(export.Config(from_=str(folder), out=f"{folder}-run"))
     export.main(export.Config(f"{folder}-run", out=f"{folder}-again"))
     _, again, _ = from_hf.read_hf(f"{folder}-again")
+    template = transformers.AutoTokenizer.from_pretrained(f"{folder}-again")
     model, tok, checkpoint = load_model(f"{folder}-run")
     assert checkpoint["stage"] == "pretrain" and again.fingerprint == tok.fingerprint
     assert tok.eot_id == 2 and tok.start_ids == again.start_ids == [1] * add_bos
     for line in lines[:5]:
         prompt = [1] * add_bos + sp.encode(line[:20])
-        assert tok.encode_start(line[:20]) == again.encode_start(line[:20]) == prompt
+        assert tok.encode_start(line[:20]) == again.encode_start(line[:20]) == template(line[:20])["input_ids"] == prompt
         ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
         new = generate(model, [prompt], 40, temperature=0, stop_ids=[tok.eot_id])[0]
         assert new == ids

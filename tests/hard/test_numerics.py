@@ -6,9 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from oracles import C, KINDS, T, V, random_model
+from oracles import C, KINDS, T, V, config_of, random_model
 from small_runs import CPU, forget_run, run, settings
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.loss as loss_file
@@ -18,6 +20,8 @@ import sft
 from common.distributed import can_compile
 from common.generate import generate
 from common.loss import chunk_size, cross_entropy, token_logps
+from common.optim import Muon
+from model import ModelConfig, Transformer
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
 
@@ -434,3 +438,27 @@ def test_gradients_travel_while_the_backward_pass_still_runs(tmp_path):
     # the first step has one bucket; from the second on DDP has several, in the order in which gradients are made
     assert events == ["bucket", "first block", "bucket"]
     dist.destroy_process_group()
+
+
+def test_length_buckets_limit_padding():
+    ends = torch.tensor([3000, 5, 2500, 5, 1200, 1100, 900, 5000])
+    groups = loss_file.length_buckets(ends)
+    assert sorted(torch.cat(groups).tolist()) == list(range(8))
+    for rows in groups:
+        assert len(rows) == 1 or len(rows) * ends[rows].max() <= 4096
+    assert len(groups) == 5  # 5 5 900 1100 together would be 4,400 tokens
+
+
+def test_muon_multiplies_in_the_dtype_of_matmuls():
+    """Where matmuls are in bf16, Muon's are, and the step differs by no more than bf16 rounds."""
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 32))
+        before = p.detach().clone()
+        p.grad = torch.randn(64, 32)
+        Muon([p], lr=0.1, dtype=dtype).step()
+        assert p.dtype == torch.float32
+        steps.append(p.detach() - before)
+    exact, rounded = steps
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()

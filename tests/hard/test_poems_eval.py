@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_runs import CPU, make_run, write_pairs
 
-from common.checkpoint import load_model
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model import ModelConfig, ScalarModel
 from recipes import poems_eval
 from recipes.poems_eval import Material, answer_all, evaluate_run, famous_quatrains, idiom_choice, names_itself, repeats

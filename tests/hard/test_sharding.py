@@ -123,7 +123,7 @@ def test_shards_equal_one_process(runs, tmp_path, capsys):
                 assert (weight - weights[name]).abs().max() < 1e-6, (kind, name)
 
 
-def test_one_file_of_shards(runs, tmp_path, capsys):
+def test_one_file_of_shards(runs, tmp_path):
     """A run in shards says what to do where it must be whole; tools.export makes one file of them, and no other
     checkpoint's shards stay on the disk."""
     cfg = runs("shards", HALF, shard=True)["muon"]
@@ -136,9 +136,8 @@ def test_one_file_of_shards(runs, tmp_path, capsys):
     assert f"resuming {cfg.out_dir}/ckpt.pt at step {HALF} of" in out
     folders = [name for name in os.listdir(cfg.out_dir) if "-" in name]
     assert sorted(name.split("-")[0] for name in folders) == ["best", "ckpt"] and "ckpt-4" in folders
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=f"python -m tools.export {cfg.out_dir} --to=merged"):
         load_model(cfg.out_dir)
-    assert f"python -m tools.export {cfg.out_dir} --to=merged" in capsys.readouterr().err
     model, _, _ = load_model(merged)
     weights = read_shards(f"{cfg.out_dir}/ckpt-4")
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
@@ -175,6 +174,26 @@ def test_blocks_travel_in_the_dtype_of_matmuls(tmp_path, changes):
     for ours, theirs in zip(grads, others, strict=True):
         assert theirs.dtype == torch.float32
         assert (ours - theirs).norm() <= 0.02 * ours.norm()
+
+
+def begin(changes):
+    """In each of several processes: a model made on the meta device and filled shard by shard has every weight and
+    buffer of the plain start, to the bit."""
+    env = start(pretrain.Config(device="cpu"), announce=False)
+    config = ModelConfig(**{**dict(vocab_size=70, dim=24, n_layers=2, n_heads=2, max_seq_len=16), **changes})
+    torch.manual_seed(5)
+    whole = Transformer(config)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shard_model(model, env)
+    for (name, p), (other, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert name == other and p.requires_grad and p.to_local().numel() < expected.numel()
+        assert torch.equal(p.full_tensor(), expected), name
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    ids = torch.arange(32).view(2, 16)
+    assert torch.allclose(model(ids), whole(ids), atol=1e-6)
 
 
 def main(path):

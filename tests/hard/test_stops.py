@@ -235,3 +235,18 @@ def test_the_scaler_decides_once_for_all_optimizers(place, tmp_path, monkeypatch
     moved = [[not torch.equal(a, b) for a, b in zip(weights[i], weights[i + 1])] for i in range(3)]
     learns = moved[0]
     assert any(learns) and moved[1] == learns and not any(moved[2])
+
+
+def test_a_step_is_saved_before_its_answers_are_printed(place, tmp_path, monkeypatch):
+    """Whatever happens while answers are looked at, the step is on the disk."""
+    cfg = settings(place[0], "sft", str(tmp_path), eval_every=2)
+    saved = []
+
+    def print_answers(*_):
+        saved.append((load_checkpoint(cfg.out_dir)["step"], load_checkpoint(f"{cfg.out_dir}/best.pt")["step"]))
+        raise RuntimeError("no console")
+
+    monkeypatch.setattr(sft, "print_answers", print_answers)
+    with pytest.raises(RuntimeError, match="no console"):
+        run(cfg)
+    assert saved == [(2, 2)]

@@ -275,6 +275,10 @@ def test_a_llama2_folder_begins_and_ends_as_its_settings_say(tmp_path):
         tok = load_tokenizer(tmp_path)
         assert (tok.start_ids, tok.eot_id, tok.vocab_size) == (opening, 2, size + 3)
         assert tok.encode("明月 moon") == sp.encode("明月 moon")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2]}')
+    tok = load_tokenizer(tmp_path)
+    assert (tok.start_ids, tok.eot_id, tok.vocab_size) == ([1], 2, size + 3)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": size}))
     tok = load_tokenizer(tmp_path)
     assert tok.special_names[size] == "[PAD]" and tok.im_start_id == size + 1

@@ -191,7 +191,7 @@ def test_tables_of_pandas(record):
 
 def test_what_excel_adds(tok_file):
     with open("in/a.csv", "w", encoding="utf-8-sig", newline="") as f:
-        f.write("sep=;\r\nquestion;answer;\r\n问_x000D_\n吗;答;\r\n;;\r\n;;\r\n")
+        f.write("sep=;\r\nquestion;answer;\r\n\"问_x000D_\n吗\";答;\r\n;;\r\n;;\r\n")
     folder = run(tok_file, kind="sft", val_fraction=0.0)
     assert folder.meta["read"] == 1 and folder.rows()[0] == render_chat(folder.tok, messages("u:问\n吗", "a:答"))[0]
 
@@ -222,11 +222,11 @@ def test_nulls_of_parquet_are_nothing(tok_file):
 @pytest.mark.parametrize("kind,make,learned", [
     ("text", lambda i: {"id": i, "type": "文本", "msg": f"嗯嗯好的{i}", "time": f"2024/10/4 11:{i:02d}"}, "嗯嗯好的7"),
     ("text", lambda i: {"story": f"第{i}天渔夫去了河边，天黑才回来。", "summary": f"短{i}"}, "第7天渔夫去了河边，天黑才回来。"),
-    ("text", lambda i: {"text": f"题目{i}", "article": f"第{i}天渔夫去了河边，天黑才回来。"}, "题目7\n第7天渔夫去了河边，天黑才回来。"),
+    ("text", lambda i: {"text": f"这是第{i}个题目", "article": f"第{i}天渔夫去了河边，天黑才回来。"}, "这是第7个题目\n第7天渔夫去了河边，天黑才回来。"),
     ("sft", lambda i: {"question": f"第{i}问", "answer": "对", "passage": f"第{i}天渔夫去了河边，天黑才回来。"}, "对<|im_end|>"),
     ("sft", lambda i: {"messages": messages(f"u:第{i}问", "a:对"), "background": f"第{i}天渔夫去了河边，天黑才回来。"}, "对<|im_end|>"),
     ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "label": i % 2}, "答7<|im_end|>"),
-    ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "response": f"另{i}"}, "答7<|im_end|>"),
+    ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "response": f"另{i}"}, "另7<|im_end|>"),
 ])
 def test_advice_works(tok_file, capsys, kind, make, learned):
     """Whatever --fields a refusal proposes ends in a folder, and the first one learns what is meant."""
@@ -358,7 +358,7 @@ def test_token_files(foreign, dtype, header, opened, ended):
     ids = []
     for line in LINES:
         ids += [1] * opened + foreign.encode(line) + [2] * ended
-    for name, part in (("a", ids[:3000]), ("b", ids[3000:])):
+    for name, part in (("a", ids[:len(ids) // 2]), ("b", ids[len(ids) // 2:])):
         with open(f"in/{name}.bin", "wb") as f:
             if header:
                 f.write(np.array([20240520, 1, len(part)] + [0] * 253, "<i4").tobytes())
@@ -374,7 +374,7 @@ def test_token_files(foreign, dtype, header, opened, ended):
 
 
 @pytest.mark.parametrize("ids,settings,said", [
-    ([5, 6, 2, 60_000], {}, "token 3 is 60,000, but the vocabulary has 404"),
+    ([5, 6, 2, 60_000], {}, "token 3 is 60,000, but the vocabulary has"),
     ([5, 6, 7], {}, "nothing in in/a.bin ends a text"),
     ([5, 2], {"kind": "sft"}, "--kind=text"),
     ([5, 2], {"tok_file": ""}, "--tokenizer= must name"),
