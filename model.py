@@ -449,7 +449,8 @@ class MoE(nn.Module):
         gate, up = both.chunk(2, dim=-1)
         y = grouped_matmul(F.silu(gate) * up, self.down.to(dtype), block_ends)    # (N*k, C)
         # back in the order of the tokens, and each token's k outputs added up
-        y = y[order.argsort()].view(-1, self.k, shape[-1])                         # (N, k, C)
+        y = torch.empty_like(y).index_copy_(0, order, y)
+        y = y.view(-1, self.k, shape[-1])                                          # (N, k, C)
         y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)                         # (N, C)
         if self.shared is not None:
             y = y + self.shared(x)
