@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
-        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; unknown: as many as it sees
+        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; at first: all it sees
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
