@@ -32,8 +32,8 @@ from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3, summary
-from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts
+from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, summary
+from common.rollout import k3, make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"

@@ -3,7 +3,7 @@ Pretraining: learn to continue text, from random weights.
 
     python pretrain.py config/poems.py
     torchrun --standalone --nproc_per_node=4 pretrain.py config/baby.py
-    python pretrain.py --init_from=out/baby --data_dir=data/law --out_dir=out/baby-law --lr=1e-4    # go on, another text
+    python pretrain.py --init_from=out/baby --data_dir=data/law --out_dir=out/baby-law --lr=1e-4    # go on
     python -m tools.estimate config/baby.py                    # what it takes: parameters, memory, hours
 
 in:  data/<name>/ from prepare.py (train.bin, val.bin, meta.json, tokenizer.model)
@@ -155,8 +155,8 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
-    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that its "
-          "tokens beside it were made with. Prepare the folder again")
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that "
+          "its tokens were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:
