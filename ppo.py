@@ -7,8 +7,8 @@ PPO: raise the reward of the model's own answers without leaving the model it st
 in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
 
-    actor       answers, and learns                            reward model  scores a whole answer
-    reference   the actor as it was: KL is measured from it    critic        predicts the score from an answer's beginning
+    actor      answers, and learns                            reward model   scores a whole answer
+    reference  the actor as it was: KL is measured from it    critic         predicts the score from its beginning
 
 One step: (1) generate answers, (2) score them, (3) log-probs of actor and reference, values of the critic,
 (4) per-token rewards, (5) advantages, (6) a few epochs of clipped updates. What differs from the papers:
@@ -32,8 +32,8 @@ from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3
-from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts, summary
+from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, summary
+from common.rollout import k3, make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
@@ -128,8 +128,8 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), all (B, T); return advantages and returns.
 
-    values[:, t] is the critic's estimate at the prefix before token t. What lies outside the mask counts as zero, so the
-    last token of an answer is followed by nothing. It runs backwards:
+    values[:, t] is the critic's estimate at the prefix before token t. What lies outside the mask counts as zero, so
+    the last token of an answer is followed by nothing. It runs backwards:
 
         rewards      0    0    0    1        advantage of a token = its delta + gamma lam * advantage of the next
         values      .2   .3   .5   .8        delta = reward + gamma * next value - value

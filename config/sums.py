@@ -13,7 +13,7 @@ max_seq_len = 256
 
 seq_len = 128
 batch_size = 16            # 2,048 tokens a step
-max_steps = 500
+max_steps = 400
 optimizer = "muon"
 lr = 1e-2
 min_lr = 3e-4

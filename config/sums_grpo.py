@@ -12,7 +12,7 @@ group_size = 8
 skip_flat_groups = True
 batch_size = 16            # questions a step, 128 answers
 max_new_tokens = 56
-max_steps = 30
+max_steps = 24
 minibatches = 2
 kl_coef = 0.01
 no_eos_penalty = 0.1
@@ -20,5 +20,5 @@ lr = 2e-4
 min_lr = 2e-5
 warmup_steps = 3
 
-eval_every = 15
+eval_every = 12
 eval_prompts = 64

@@ -32,7 +32,8 @@ def test_clipping_limits_the_norm_of_the_gradient(place, tmp_path, stage, clip):
 
 
 @pytest.mark.parametrize("stage, changes", [
-    *((stage, {}) for stage in STAGES), ("sft", dict(lora_rank=2)), ("grpo", dict(advantage="rloo"))])
+    *((stage, {}) for stage in STAGES), ("sft", dict(lora_rank=2)), ("reward", dict(lora_rank=2)),
+    ("grpo", dict(advantage="rloo"))])
 def test_ten_and_ten_steps_are_twenty(place, tmp_path, stage, changes):
     """A run that went on from its checkpoint is, to the last bit, the run that nobody stopped; its log, too."""
     flat = dict(min_lr=1e-3, eval_every=10)  # a learning rate that does not depend on max_steps

@@ -3,18 +3,15 @@ import types
 
 import pytest
 import torch
-from pairs import make_run, place, read_log, write_folder  # noqa: F401 - place is a fixture
+from small_runs import CPU, run, settings
 
-import grpo
 from common import generate as generation
 from common.checkpoint import load_model
 from common.data import pad, shift
-from common.distributed import Env
 from common.loss import token_logps
 from common.rollout import rollout
 from tokenizer import render_chat
 
-CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 CFG = types.SimpleNamespace(max_new_tokens=8, temperature=1.0, turns=3)
 
 
@@ -24,7 +21,7 @@ def reply_to(text):
 
 
 @pytest.fixture
-def talker(place):  # noqa: F811
+def talker(place):
     """A random model that ends its turns often, its tokenizer, and prompts of different lengths."""
     root, tok = place
     model, _, _ = load_model(f"{root}/base")
@@ -84,17 +81,10 @@ def test_log_probs_are_those_of_sampling(talker, monkeypatch):
     assert torch.allclose(torch.tensor(trained), torch.tensor(sorted(drawn.values())), atol=1e-4)
 
 
-def test_the_first_ratio_is_one(place, tmp_path):  # noqa: F811
-    root, tok = place
-    prompts = [render_chat(tok, [{"role": "user", "content": f"{i}春"}], add_generation_prompt=True) for i in range(9)]
-    write_folder(f"{tmp_path}/data", tok, "prompts", {"train": prompts, "val": prompts[:4]})
+def test_the_first_ratio_is_one(place, tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text("def tool(text):\n    return '好' if len(text) % 2 else None\n\n\n"
                     "def score(prompt, answer):\n    return answer.count('tool')\n")
-    cfg = grpo.Config(
-        data_dir=f"{tmp_path}/data", init_from=f"{root}/base", out_dir=f"{tmp_path}/run", reward=f"{rule}:score",
-        environment=f"{rule}:tool", turns=3, max_new_tokens=8, batch_size=4, group_size=4, max_steps=3, lr=1e-3,
-        eval_every=3, device="cpu")
-    grpo.main(cfg)
-    _, *steps = read_log(cfg.out_dir)
-    assert [record["first_ratio_error"] for record in steps] == [0, 0, 0]
+    _, (_, *steps) = run(settings(place[0], "grpo", f"{tmp_path}/run", reward=f"{rule}:score",
+                                  environment=f"{rule}:tool", turns=3))
+    assert {record["first_ratio_error"] for record in steps} == {0}
