@@ -1,4 +1,4 @@
-# A base model that has read sums: 0.5 M parameters, 20,000 documents of ten sums each.
+# A base model that has read sums: 0.5 M parameters, 12,000 documents of ten sums each.
 #   python -m recipes.sums
 #   python prepare.py sums --input=data/raw/sums/text.jsonl --tokenizer=data/raw/sums/tokenizer.model
 #   python pretrain.py config/sums.py

@@ -1,4 +1,4 @@
-# 1,000 conversations about sums, 400 of them worked: enough to show what thinking looks like, not to make it a habit.
+# 1,000 conversations about sums, 450 of them worked: enough to show what thinking looks like, not to make it a habit.
 #   python prepare.py sums-sft --input=data/raw/sums/sft.jsonl --kind=sft --tokenizer=data/sums --val_fraction=0.05
 #   python sft.py config/sums_sft.py
 data_dir = "data/sums-sft"
@@ -7,7 +7,7 @@ out_dir = "out/sums-sft"
 
 seq_len = 128
 batch_size = 16
-epochs = 5
+epochs = 4
 optimizer = "muon"
 lr = 3e-3
 min_lr = 1e-4

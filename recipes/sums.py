@@ -38,12 +38,12 @@ class Config:
     digits: Count = 3              # of the longest numbers
     thought: Literal["steps", "columns"] = "steps"  # columns: only the sum of each column, 3+6=9
     # pretraining text
-    documents: Count = 20_000      # of ten sums each
+    documents: Count = 12_000      # of ten sums each
     worked_text: Share = 0.25      # of the sums are worked line by line; the others just say the result
     walks: Share = 0.2             # of the lines walk through two numbers of up to `digits` + 2 digits, and add nothing
     # instruction data
-    worked: Whole = 400            # conversations that think first
-    plain: Whole = 600             # conversations that say the result at once
+    worked: Whole = 450            # conversations that think first
+    plain: Whole = 550             # conversations that say the result at once
     # RL and tests
     prompts: Count = 10_000
     tests: Count = 500             # questions of `digits` digits in each of dev and test, and as many of one digit more
