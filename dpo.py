@@ -240,7 +240,8 @@ def main(cfg):
     trim_log(cfg, env, step)
     if env.is_main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
+        n_parameters = sum(p.numel() for p in model.parameters())
+        print(f"{n_parameters:,} parameters, {n_prompts:,} prompts with {len(train):,} answers, "
               f"{epochs:.2f} epochs")
 
     # ------------------------------------------------------------------------ loop

@@ -4,10 +4,10 @@ as good as its lead over the other answers to the same prompt (DeepSeekMath, sec
 
     python grpo.py config/poems_grpo.py                                            # a rule as the reward
     python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
-    python grpo.py config/sums_grpo.py --reward= --teacher=out/sums-grpo --out_dir=out/sums-taught    # a teacher, token by token
+    python grpo.py config/sums_grpo.py --reward= --teacher=out/sums-grpo --out_dir=out/sums-taught    # a teacher judges
     torchrun --standalone --nproc_per_node=4 grpo.py config/poems_grpo.py --grad_accum=4
 
-in:  out/<sft run>, a reward function, out/<reward run> or a teacher, data/<name>/ of kind prompts (a document is a prompt)
+in:  out/<sft run>; a reward function, out/<reward run> or a teacher; data/<name>/ of kind prompts
 out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
 
     one prompt ──▶ eight answers ──▶ eight scores        1   0   0   1   0   0   0   0     mean 0.25
@@ -17,7 +17,8 @@ What differs from the papers:
  1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
  3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
- 4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3);
+ 4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3), where its gradient is
+    that of KL(reference || policy): it pulls the policy back, but not to the optimum of reward minus KL;
  5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens, those
     with --ratio=sequence over answers (GSPO).
 """
@@ -57,7 +58,7 @@ class Config:
     # reward
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
     reward_from: str = ""                   # or a run of reward.py
-    teacher: str = ""                       # or a run that judges each token (on-policy distillation), and is the reference
+    teacher: str = ""                       # or a run that judges each token (on-policy distillation)
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
@@ -168,7 +169,7 @@ def main(cfg):
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
-    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: give --group_size=4, not {G}")
+    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: --group_size=4, not {G}")
     judges = [name for name in (cfg.reward, cfg.reward_from, cfg.teacher) if name]
     check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
           f"{len(judges)}: {', '.join(judges)}")
@@ -176,7 +177,7 @@ def main(cfg):
     cfg.clip = cfg.clip or {"token": 0.2, "sequence": 3e-4}[cfg.ratio]
 
     # ------------------------------------------------------------------------ models
-    # the policy answers and learns; the reference is the policy as it was. The router bias of a mixture of experts stays
+    # the policy answers and learns; the reference is the policy as it was. The experts' bias stays
     model, tokenizer, base = load_model(cfg.init_from, env.device)
     if cfg.teacher or not cfg.lora_rank:
         reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
@@ -338,10 +339,10 @@ def main(cfg):
             record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
         log(cfg, env, step, record)
         if measure:
-            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+            save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     if step < cfg.max_steps:
         # stopped: the last finished step is not lost
-        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer, best_val=math.inf)
+        save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 

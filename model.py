@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
-        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; unknown: as many as it sees
+        self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; at first: all it sees
         # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -449,7 +449,8 @@ class MoE(nn.Module):
         gate, up = both.chunk(2, dim=-1)
         y = grouped_matmul(F.silu(gate) * up, self.down.to(dtype), block_ends)    # (N*k, C)
         # back in the order of the tokens, and each token's k outputs added up
-        y = y[order.argsort()].view(-1, self.k, shape[-1])                         # (N, k, C)
+        y = torch.empty_like(y).index_copy_(0, order, y)
+        y = y.view(-1, self.k, shape[-1])                                          # (N, k, C)
         y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)                         # (N, C)
         if self.shared is not None:
             y = y + self.shared(x)

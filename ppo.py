@@ -7,8 +7,8 @@ PPO: raise the reward of the model's own answers without leaving the model it st
 in:  out/<sft run>, out/<reward run>, data/<name>/ of kind prompts (a document is a prompt)
 out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
 
-    actor       answers, and learns                            reward model  scores a whole answer
-    reference   the actor as it was: KL is measured from it    critic        predicts the score from an answer's beginning
+    actor      answers, and learns                            reward model   scores a whole answer
+    reference  the actor as it was: KL is measured from it    critic         predicts the score from its beginning
 
 One step: (1) generate answers, (2) score them, (3) log-probs of actor and reference, values of the critic,
 (4) per-token rewards, (5) advantages, (6) a few epochs of clipped updates. What differs from the papers:
@@ -16,8 +16,7 @@ One step: (1) generate answers, (2) score them, (3) log-probs of actor and refer
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
  3. the critic is a model of its own (started from the reward model), with its own optimizer;
  4. the KL penalty is part of the reward (k1);
- 5. losses are means over all answer tokens of a minibatch.
-Without a critic: grpo.py.
+ 5. losses are means over all answer tokens of a minibatch. Without a critic: grpo.py.
 """
 import math
 import time
@@ -33,8 +32,8 @@ from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, make_batch
-from common.rollout import minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts, summary
+from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, summary
+from common.rollout import k3, make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
@@ -94,7 +93,6 @@ class Config:
 NEEDS = {
     "clip": "ppo_epochs * minibatches > 1",
     "value_clip": "ppo_epochs * minibatches > 1",
-    "target_kl": "ppo_epochs * minibatches > 1",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -130,8 +128,8 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), all (B, T); return advantages and returns.
 
-    values[:, t] is the critic's estimate at the prefix before token t. What lies outside the mask counts as zero, so the
-    last token of an answer is followed by nothing. It runs backwards:
+    values[:, t] is the critic's estimate at the prefix before token t. What lies outside the mask counts as zero, so
+    the last token of an answer is followed by nothing. It runs backwards:
 
         rewards      0    0    0    1        advantage of a token = its delta + gamma lam * advantage of the next
         values      .2   .3   .5   .8        delta = reward + gamma * next value - value
@@ -176,18 +174,6 @@ def value_loss(values, old_values, returns, mask, clip):
     return 0.5 * (error * mask).sum()
 
 
-@torch.no_grad()
-def all_values(critic, batch, cfg, env):
-    """The critic's value before each answer token, (B, T)."""
-    parts = []
-    for first in range(0, len(batch["ids"]), cfg.batch_size):
-        rows = slice(first, first + cfg.batch_size)
-        with env.autocast():
-            values = critic(batch["ids"][rows])                                    # (rows, T)
-        parts.append(values * batch["mask"][rows])
-    return torch.cat(parts)
-
-
 def main(cfg):
     # ------------------------------------------------------------------------ start
     # one process per GPU, each with its share of a step's micro-steps
@@ -196,7 +182,6 @@ def main(cfg):
     check_minibatches(cfg.minibatches, cfg.batch_size)
 
     # ------------------------------------------------------------------------ models
-    # the router bias of a mixture of experts stays as it was
     actor, tokenizer, _ = load_model(cfg.init_from, env.device)
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     # a reward model's weights already know what raises a score
@@ -208,18 +193,16 @@ def main(cfg):
         scorer = model_scorer(reward_model, tokenizer.pad_id, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     # the nets are the models, plus the exchange of gradients: with several processes, each gets the mean of all
-    actor_net = actor
-    critic_net = critic
+    nets = [actor, critic]
     if env.world > 1:
-        actor_net = DistributedDataParallel(actor, broadcast_buffers=False, gradient_as_bucket_view=True)
-        critic_net = DistributedDataParallel(critic, broadcast_buffers=False, gradient_as_bucket_view=True)
+        nets = [DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True) for m in nets]
+    actor_net, critic_net = nets
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)
     window = min(actor.config.max_seq_len, critic.config.max_seq_len)
     check_prompts((train, val), cfg, window, actor.trained_len, env)
-    check(cfg.critic_warmup < cfg.max_steps, f"critic_warmup={cfg.critic_warmup} of max_steps={cfg.max_steps}: the actor "
-          "would never learn")
+    check(cfg.critic_warmup < cfg.max_steps, f"critic_warmup={cfg.critic_warmup}: the actor would never learn")
     if cfg.ptx_coef:
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, actor.config.max_seq_len, env)
 
@@ -238,8 +221,7 @@ def main(cfg):
     step, _ = restore(checkpoint, actor, optimizers, env)
     del checkpoint
     trim_log(cfg, env, step)
-    if step == 0:
-        # where it starts from, to compare with
+    if step == 0:  # where it starts from, to compare with
         log(cfg, env, step, evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
 
     # ------------------------------------------------------------------------ loop
@@ -261,11 +243,8 @@ def main(cfg):
         if must_stop(batch, env):
             break
         if step == 0:
-            mean, deviation = score_scale(batch, cfg, env)
-            if cfg.reward:
-                # the critic comes from a reward model; in the units of the rule it would have to learn far too long
-                critic.head.weight.data *= deviation
-                critic.head.bias.data.fill_(mean)
+            # in the units of a rule, the critic, a reward model until now, would have to learn far too long
+            rescale_critic(critic, batch, cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(actor, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
@@ -360,12 +339,10 @@ def main(cfg):
             record.update(evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
         log(cfg, env, step, record)
         if measure:
-            weights = critic.state_dict()
-            save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf, critic=weights)
+            save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, critic=critic.state_dict())
     if step < cfg.max_steps:
         # stopped: the last finished step is not lost
-        weights = critic.state_dict()
-        save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, best_val=math.inf, critic=weights)
+        save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, critic=critic.state_dict())
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 
 

@@ -15,9 +15,10 @@ in:  plain UTF-8, read here: .txt with a blank line between documents, or .jsonl
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
 Two passes. The first reads and cleans all documents into one temporary file, and keeps 26 bytes of each in memory: its
-hash, its question's, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand side by side, and
-the end is held out for validation (common/documents.py). The second pass tokenizes them in that order on all cores. So
-memory does not grow with the text, and neither the order of the files nor the number of workers changes the result.
+hash, its question's, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand
+side by side, and the end is held out for validation (common/documents.py). The second pass tokenizes them in that order
+on all cores. So memory does not grow with the text, and neither the order of the files nor the number of workers
+changes the result.
 """
 import collections
 import dataclasses
@@ -50,7 +51,7 @@ class Config:
     poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
     talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which make it somebody else than 明月
     # cleaning
-    markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text, as <|im_end|>: keep their letters
+    markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text: letters, or ends of it
     min_length: Whole = 5  # characters, texts only; shorter ones are dropped
     max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
     near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (readers/near_duplicates.py)

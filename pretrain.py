@@ -3,7 +3,7 @@ Pretraining: learn to continue text, from random weights.
 
     python pretrain.py config/poems.py
     torchrun --standalone --nproc_per_node=4 pretrain.py config/baby.py
-    python pretrain.py --init_from=out/baby --data_dir=data/law --out_dir=out/baby-law --lr=1e-4     # go on with another text
+    python pretrain.py --init_from=out/baby --data_dir=data/law --out_dir=out/baby-law --lr=1e-4    # go on
     python -m tools.estimate config/baby.py                    # what it takes: parameters, memory, hours
 
 in:  data/<name>/ from prepare.py (train.bin, val.bin, meta.json, tokenizer.model)
@@ -155,8 +155,8 @@ def main(cfg):
     # ------------------------------------------------------------------------ data
     train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
-    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that the "
-          "tokens beside it were made with. Prepare the folder again")
+    check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that "
+          "its tokens were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:
@@ -170,7 +170,7 @@ def main(cfg):
         check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
     else:
         config = model_config(cfg, tokenizer.vocab_size)
-    # on the meta device a model takes no memory: its weights come from a file, or from shard_model(), each process's part
+    # on the meta device a model takes no memory: its weights come from a file, or from shard_model()
     meta = cfg.init_from or cfg.shard and env.world > 1
     with torch.device("meta" if meta else "cpu"):
         model = Transformer(config)
@@ -211,7 +211,8 @@ def main(cfg):
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
     if env.is_main:
         epochs = cfg.max_steps * tokens_a_step / len(train.tokens)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = {epochs:.2f} "
+        n_parameters = sum(p.numel() for p in model.parameters())
+        print(f"{n_parameters:,} parameters, {cfg.max_steps:,} steps of {tokens_a_step:,} tokens = {epochs:.2f} "
               f"epochs of {cfg.data_dir}")
         if len(val.tokens) < 2:
             print(f"no held-out text: {cfg.data_dir} gives no validation loss, so there will be no best.pt")

@@ -176,6 +176,8 @@ def print_answers(model, tokenizer, cfg, env):
     for question in filter(None, cfg.questions.split("|")):
         ids, _ = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
         begin = len(ids)
+        if begin >= cfg.seq_len:
+            print(f"question: {question[:20]}… has {begin} tokens, a row {cfg.seq_len}")
         with env.autocast(), torch.compiler.set_stance("force_eager"):  # no compiling for every new length
             for _ in range(min(64, cfg.seq_len - begin)):
                 hidden = model(torch.tensor([ids], device=env.device))             # (1, T, C)

@@ -142,7 +142,7 @@ def restore(checkpoint, model, optimizers, env):
             optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32
         env.scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["best_val"]
+    return checkpoint["step"], checkpoint.get("best_val", math.inf)
 
 
 # ---------------------------------------------------------------------------- save

@@ -228,6 +228,18 @@ def all_logps(model, batch, cfg, env):
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def all_values(critic, batch, cfg, env):
+    """The critic's value before each answer token, (B, T)."""
+    parts = []
+    for first in range(0, len(batch["ids"]), cfg.batch_size):
+        rows = slice(first, first + cfg.batch_size)
+        with env.autocast():
+            values = critic(batch["ids"][rows])                                    # (rows, T)
+        parts.append(values * batch["mask"][rows])
+    return torch.cat(parts)
+
+
 def k3(logps, ref_logps):
     """Unbiased, never negative estimate of KL(pi || ref) at samples of pi: ref/pi - 1 - log(ref/pi) (Schulman 2020)."""
     log_ratio = ref_logps - logps
@@ -265,6 +277,14 @@ def score_scale(batch, cfg, env):
         print(f"note: scores differ by {deviation:.3g}, so no_eos_penalty={cfg.no_eos_penalty} hardly keeps answers "
               f"from being cut. Try --no_eos_penalty={deviation:.1g}")
     return mean, deviation
+
+
+def rescale_critic(critic, batch, cfg, env):
+    """Give the critic's values the mean and the deviation of a rule's scores, where a rule is the reward."""
+    mean, deviation = score_scale(batch, cfg, env)
+    if cfg.reward:
+        critic.head.weight.data *= deviation
+        critic.head.bias.data.fill_(mean)
 
 
 def must_stop(batch, env):

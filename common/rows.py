@@ -74,8 +74,7 @@ def render(tok, kind, document, max_length, counts):
     if kind == "pairs":
         counts["cut", f"answers longer than --max_length={max_length}"] += len(rows) - len(fitting)
         if len(fitting) < 2:
-            reason = "ranked answers" if len(rows) < 2 else f"answers within --max_length={max_length}"
-            counts["dropped", f"fewer than two {reason}"] += 1
+            counts["dropped", f"fewer than two answers within --max_length={max_length}"] += 1
             return []
     elif not fitting:
         counts["dropped", f"longer than --max_length={max_length}"] += 1

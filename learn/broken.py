@@ -39,7 +39,8 @@ def train_both(name, **changes):
     case = CASES[name]
     folders = []
     for side in ("right", "wrong"):
-        settings = {**(case.both or {}), **changes, "out_dir": f"{OUT}/{name}-{side}"}
+        steps = {"max_steps": 200, "eval_every": 200} if case.stage == "pretrain" else {}
+        settings = {**steps, **(case.both or {}), **changes, "out_dir": f"{OUT}/{name}-{side}"}
         if case.curve == "recited":
             replace = ((pretrain, "print_sample", log_recitals),)
         else:

@@ -81,7 +81,7 @@ MEANING = {
     "test_group_advantages_by_hand": "rloo 减别人的平均，dr_grpo 减全组平均，grpo 再除以标准差（+1e-4）",
     "test_policy_loss_begins_at_ratio_1": "还没学时比值正好是 1，损失是负的优势之和；掩码之外不算",
     "test_policy_loss_clips_what_has_gone_far_enough": "两种损失取大的：已经走够的不再有好处，走反的仍要付代价",
-    "test_policy_loss_variants": "sequence：一个回答一个比值（几何平均）；cispo：截断的比值乘 log-prob",
+    "test_policy_loss_variants": "sequence：一个回答一个比值（几何平均），一个回答算一次；cispo：截断的比值乘 log-prob",
     "test_preference_loss_begins_at_log_2": "策略还等于参考时，损失是 log 2：要减去参考的 log-prob",
     "test_preference_loss_by_hand": "-log sigmoid(β(好的增益 - 坏的增益))；nll_weight 加上好回答每个词元的损失",
     "test_preference_loss_variants": "cdpo、ipo、simpo、orpo 里有一个不对；后三个按词元平均",

@@ -144,7 +144,7 @@ CASES = {
         "一批长短不一的提示，补齐补在了右边", "pretrain", "recited", last_value("recited"), "成批背诵的下一句，%",
         "一次问一个时全对，一次问一批时只有最长的对",
         "test_answers_do_not_depend_on_the_batch", ((common.generate, "generate", pad_on_the_right),),
-        both=dict(eval_every=50)),
+        both=dict(eval_every=40)),
     "lr_30": Case(
         "学习率大了 30 倍", "pretrain", "loss", text_nats, "每个词元的损失",
         "损失先猛跳，然后停在高处；梯度的范数 norm 也与平时不同",
@@ -177,5 +177,5 @@ CASES = {
         "开头一样快；学习率降下来以后，小的步子全被舍入掉，损失不再动",
         "test_small_steps_move_the_weights",
         ((pretrain, "make_optimizers", rounding_optimizers), (common.optim, "make_optimizers", rounding_optimizers)),
-        both=dict(optimizer="adamw", lr=1e-3, min_lr=1e-5, max_steps=400, eval_every=400)),
+        both=dict(optimizer="adamw", lr=1e-3, min_lr=1e-5, max_steps=300, eval_every=300)),
 }

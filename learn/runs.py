@@ -4,12 +4,12 @@ What the tour reads: the reader's own runs and data, or small ones where there a
 import os
 
 from learn import links, small
-from tokenizer import render_chat
 
 # the quickstart's runs; where one is missing, the small one takes its place
 QUICKSTART = {"pretrain": "out/poems", "sft": "out/poems-sft", "reward": "out/poems-reward"}
 DATA = {"text": "data/poems", "sft": "data/poems-sft"}
 QUESTION = "“{line}”的下一句是什么？"
+WRITE = "写一首五言绝句，题目是《静夜思》。"
 
 
 def run_of(stage):
@@ -43,10 +43,14 @@ def read_next(*places):
     print("接着读：" + "，".join(found))
 
 
-def prompt_ids(tokenizer, line):
-    """The chat's question about a line, up to where the assistant begins."""
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    return render_chat(tokenizer, turns, add_generation_prompt=True)[0]
+def ranked(folder, line):
+    """Return a question of the kind that this run learned preferences from, and answers to it, the best first: the
+    quickstart's runs write poems, the small ones say next lines."""
+    if not folder.startswith("out/poems"):
+        return QUESTION.format(line=line), [next_line(line), "花落知多少。", line + "。"]
+    poem = next((poem for poem in small.POEMS if line in poem), small.POEMS[1])
+    a, b, c, d = (poem[i:i + 5] for i in (0, 6, 12, 18))
+    return WRITE, [f"{a}，{b}。\n{c}，{d}。", f"{d}，{a}。\n{b}，{c}。", "指人的行为很不好。"]
 
 
 def next_line(line):

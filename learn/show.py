@@ -105,8 +105,13 @@ def experts():
     folder = small.train("pretrain", n_experts=8, n_active_experts=2, n_layers=3, max_steps=STEPS["experts"],
                          out_dir="out/learn-moe")
     model, tokenizer, _ = load_model(folder)
-    total, active = model.count()
-    print(f"{total:,} 个参数，一个词元只用其中 {active:,} 个")
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for block in model.blocks:
+        if hasattr(block.ffn, "load"):
+            routed = block.ffn.gate_up.numel() + block.ffn.down.numel()
+            idle += routed - routed * block.ffn.k // len(block.ffn.bias)
+    print(f"{total:,} 个参数，一个词元只用其中 {total - idle:,} 个")
     ids = torch.tensor([tokenizer.encode(poem)[:24] for poem in small.POEMS])
     model(ids)  # counts the load, as in training
     for number, block in enumerate(model.blocks):

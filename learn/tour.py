@@ -148,7 +148,8 @@ def gradient(line):
         weight[0, 0] += h
     print(f"把它加减 {h} 各算一次损失：({up:.5f} - {down:.5f}) / {2 * h} = {(up - down) / (2 * h):+.2e}，这就是梯度的意思\n")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    print(f"所有 {model.count()[0]:,} 个权重的梯度合起来长 {norm:.2f}，裁到不超过 1")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"所有 {count:,} 个权重的梯度合起来长 {norm:.2f}，裁到不超过 1")
     lr = 0.05
     with torch.no_grad():
         for p in model.parameters():

@@ -13,8 +13,10 @@ from common.distributed import start
 from common.generate import generate
 from common.loss import answer_logps, score_answers
 from learn import draw, small
-from learn.runs import QUESTION, QUICKSTART, next_line, prompt_ids, read_next, run_of, show
+from learn.runs import QUESTION, QUICKSTART, next_line, ranked, read_next, run_of, show
 from tokenizer import load_tokenizer, render_chat
+
+SCENERY = "山水花月风云雪江"
 
 
 def mask(line):
@@ -45,15 +47,15 @@ def reward(line):
     folder = run_of("reward")
     model = load_reward_model(folder)
     tokenizer = load_tokenizer(folder)
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    texts = [next_line(line), "花落知多少。" if line != "夜来风雨声" else "处处闻啼鸟。", line + "。"]
+    question, texts = ranked(folder, line)
+    turns = [{"role": "user", "content": question}]
     documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
     ids, learned = pad(documents, tokenizer.pad_id)
     with torch.no_grad():
         scores = score_answers(model, ids, learned, start(pretrain.Config(device="cpu"), "float32", announce=False))
     print(f"{folder}，问：{turns[0]['content']}\n")
     for text, score in zip(texts, scores.tolist()):
-        print(f"  {draw.fill(text, 16)}{score:+.3f}")
+        print(f"  {draw.fill(text.replace(chr(10), ''), 30)}{score:+.3f}")
     lead = (scores[0] - scores[1]).item()
     print(f"\n第一个比第二个高 {lead:+.3f}：模型认为它更好的概率是 sigmoid({lead:.3f}) = {torch.tensor(lead).sigmoid():.3f}，"
           f"损失 -ln 它 = {-F.logsigmoid(torch.tensor(lead)):.3f}")
@@ -61,22 +63,31 @@ def reward(line):
     read_next(("ranking_loss", "reward.py"), ("score_answers", "common/loss.py"), ("ScalarModel", "model.py"))
 
 
+def scenery(text):
+    """A rule: half a point for each kind of scenery in a text, up to one."""
+    return min(1.0, 0.5 * sum(char in text for char in SCENERY))
+
+
 def group(line):
     """一个问题，八个回答，八个优势"""
     folder = run_of("sft")
     model, tokenizer, _ = load_model(folder)
-    prompt = prompt_ids(tokenizer, line)
-    new = generate(model, [prompt], 12, temperature=1.2, stop_ids=[tokenizer.im_end_id], seed=7, group_size=8)
+    question, _ = ranked(folder, line)
+    turns = [{"role": "user", "content": question}]
+    prompt = render_chat(tokenizer, turns, add_generation_prompt=True)[0]
+    new = generate(model, [prompt], 30, temperature=1.2, stop_ids=[tokenizer.im_end_id], seed=7, group_size=8)
     texts = [tokenizer.decode(ids, skip_special=True) for ids in new]
-    rewards = torch.tensor([small.moon("", text) for text in texts])
+    rewards = torch.tensor([scenery(text) for text in texts])
     advantages = grpo.group_advantages(rewards, 8, "grpo")
-    print(f"{folder}，问：{QUESTION.format(line=line)}\n规则：一句五个不同的字 0.2 分，其中有“月”1 分\n")
-    print("  回答                  奖励    优势")
+    print(f"{folder}，问：{question}\n规则：写到“{SCENERY}”里的一样得 0.5 分，最多 1 分\n")
+    print("  " + draw.fill("回答", 52) + "  奖励    优势")
     for text, r, a in zip(texts, rewards.tolist(), advantages.tolist()):
-        sign = "推高" if a > 0 else "压低" if a < 0 else "不动"
-        print(f"  {draw.fill(text.replace(chr(10), '↵')[:9], 20)}{r:6.2f}{a:+8.2f}  {sign}")
+        sign = "不动"
+        if abs(a) > 0.01:
+            sign = "推高" if a > 0 else "压低"
+        print(f"  {draw.fill(text.replace(chr(10), "")[:26], 52)}{r:6.2f}{a:+8.2f}  {sign}")
     print(f"\n平均 {rewards.mean():.3f}，标准差 {rewards.std():.3f}；优势 = (奖励 - 平均) / 标准差，加起来是 {advantages.sum():+.3f}")
-    if rewards.std() == 0:
+    if rewards.std() < 1e-6:
         print("八个奖励一样：优势全是 0，这个问题这一步什么也教不了。换一句试试")
     read_next(("group_advantages", "grpo.py"), ("policy_loss", "grpo.py"))
 
@@ -91,17 +102,18 @@ def pair(line):
         policy_folder = small.make_run("dpo")
     reference, tokenizer, _ = load_model(reference_folder)
     policy, _, _ = load_model(policy_folder)
-    turns = [{"role": "user", "content": QUESTION.format(line=line)}]
-    texts = [next_line(line), line + "。"]
+    question, texts = ranked(policy_folder, line)
+    turns = [{"role": "user", "content": question}]
+    texts = texts[:2]
     documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
     ids, learned = pad(documents, tokenizer.pad_id)
     env = start(pretrain.Config(device="cpu"), "float32", announce=False)
     logps, lengths = answer_logps(policy, policy.head_weight, ids, learned, env)
     ref_logps, _ = answer_logps(reference, reference.head_weight, ids, learned, env)
     print(f"策略 {policy_folder}，参考 {reference_folder}，问：{turns[0]['content']}\n")
-    print("                  log p 策略   log p 参考    差")
+    print(" " * 34 + "log p 策略  log p 参考      差")
     for name, text, a, b in zip(("好", "坏"), texts, logps.tolist(), ref_logps.tolist()):
-        print(f"  {name} {draw.fill(text, 14)}{a:10.2f}{b:12.2f}{a - b:+10.2f}")
+        print(f"  {name} {draw.fill(text.replace(chr(10), ''), 28)}{a:11.2f}{b:12.2f}{a - b:+10.2f}")
     cfg = dpo.Config()
     losses, good, bad = dpo.preference_loss(
         logps[:1], logps[1:], ref_logps[:1], ref_logps[1:], lengths[:1], lengths[1:], cfg)

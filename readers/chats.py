@@ -2,13 +2,18 @@
 Records to conversations that end with an answer (SFT), or with a question (PPO).
 """
 import itertools
+import re
 
 from readers.account import Drop, Skip
 from readers.calls import from_json, list_tools
-from readers.fields import ANSWER, CHOICES, CONTENT, KNOWN, LETTERS, QUESTION, REASONING, SPEAKER, SYSTEM, THUMB, TOOLS
-from readers.fields import TURNS, as_list, as_text, brief, check_marks, filled, first, is_empty, is_number, is_parts
-from readers.fields import note_rest, take, there
+from readers.fields import ANSWER, CHOICE, CHOICES, CHOSEN, CONTENT, KNOWN, LETTERS, NOTHING, QUESTION, REASONING
+from readers.fields import SPEAKER, SYSTEM, THUMB, TOOLS, TURNS, as_list, as_text, brief, check_marks, filled, first
+from readers.fields import is_number, is_parts, note_rest, take, there
 from readers.turns import TRANSCRIPTS, message, read_turns, said, think
+
+
+# What stands before an answer in a text that holds it, too.
+GIVEN = re.compile(r"(答|输出|回复|Response|Answer|Output|Assistant)[^\n:：]{0,8}[:：]\s*$", re.IGNORECASE)
 
 
 def until_answer(messages):
@@ -53,6 +58,9 @@ def read_question(record, notes):
         value = take(record, notes, name)
         if is_texts(value):
             value = one_text(value, name, record)
+        if value in NOTHING and len(filled(record, QUESTION)) > 1:
+            notes.cut[f"{name} that says {value}"] += 1
+            continue
         if isinstance(value, (list, dict)):
             messages += read_turns(value, name, notes)
         elif value is not None and as_text(value, name) not in texts.values():
@@ -79,16 +87,16 @@ def one_text(value, name, record):
         value = value[0]
     is_beside = len(filled(record, QUESTION)) > 1 and all(isinstance(text, str) for text in value)
     if len(value) > 1 and not is_beside:
-        raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write one "
-                   "record for each, or messages: [{role: …, content: …}]")
+        raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write "
+                   "one record for each, or messages: [{role: …, content: …}]")
     return "\n".join(value)
 
 
 def read_choices(record, notes):
     """The choices of an exam, a line each: "A. …"; in fields A, B, … or in a list."""
-    letters = list(itertools.takewhile(lambda letter: not is_empty(record.get(letter)), LETTERS))
-    if len(letters) > 1:
-        return [f"{letter}. {as_text(take(record, notes, letter), letter)}" for letter in letters]
+    fields = choice_fields(record)
+    if len(fields) > 1:
+        return [f"{letter}. {as_text(take(record, notes, name), name)}" for letter, name in fields.items()]
     choices = take(record, notes, *CHOICES)
     if isinstance(choices, dict):
         labels = choices.get("label") or list(choices)
@@ -104,19 +112,33 @@ def read_choices(record, notes):
     return lines
 
 
+def choice_fields(record):
+    """{"A": "option_a", "B": "option_b", …}: the fields that hold a choice each."""
+    names = {}
+    for name in filled(record, record):
+        match = CHOICE.fullmatch(str(name))
+        if match:
+            names.setdefault(match[1].upper(), name)
+    letters = itertools.takewhile(lambda letter: letter in names, LETTERS)
+    return {letter: names[letter] for letter in letters}
+
+
 def check_template(record, texts):
     """Raise Skip where a part of the question ends with the answer: a field that holds the whole, put together."""
-    answer = first(record, ANSWER)
+    answer = first(record, (*ANSWER, *CHOSEN))
     if not isinstance(answer, str):
         return
     answer = answer.strip()
+    ours = "answer" if filled(record, ANSWER) else "chosen"
     for name, text in texts.items():
         others = [other for other in texts if other != name]
         is_whole = others and all(texts[other].strip() in text for other in others)
         place = text.rfind(answer)
-        if place >= 0 and len(text) - place - len(answer) <= 20 and (is_whole or len(answer) >= 20):
+        is_given = is_whole or len(answer) >= 20 or GIVEN.search(text[:max(place, 0)])
+        if place >= 0 and len(text) - place - len(answer) <= 20 and is_given:
             names = ",".join(f"question:{other}" for other in others)
-            hint = f"--fields={names},answer:{filled(record, ANSWER)[0]} leaves {name} out" if others else "cut it off"
+            theirs = filled(record, (*ANSWER, *CHOSEN))[0]
+            hint = f"--fields={names},{ours}:{theirs} leaves {name} out" if others else "cut it off"
             raise Skip("the question holds its answer", f"{name} ends with {brief(answer)}: {hint}")
 
 
@@ -135,7 +157,8 @@ def read_answer(record, notes):
         note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
     if is_number(value) and isinstance(first(record, CHOICES), (list, dict)):
-        raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its letter")
+        raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its "
+                   "letter")
     if is_parts(value):
         value = as_text(value, names[0])
     if isinstance(value, list) and all(is_answer(answer) for answer in value):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from configurator import check
 from readers.account import Drop, Part, Skip, Tally
+from readers.chats import choice_fields
 from readers.fields import KNOWN, QUESTION, SYSTEM, TURNS, prose
 from readers.files import read_names
 from readers.markers import cut_at_markers, find_markers
@@ -98,8 +99,10 @@ def check_ignored(path, tally, cfg):
     used = [name for name in ["title", *SYSTEM, *QUESTION] if name in tally.used]
     used += sorted(KNOWN.intersection(tally.used) - {"split", *used})
     ours = "text" if cfg.kind == "text" else "system" if {*used} & {*TURNS} else "question"
-    as_is = ",".join(f"{'text' if cfg.kind == 'text' else name}:{name}" for name in used)
+    as_is = ",".join([*(f"{'text' if cfg.kind == 'text' else name}:{name}" for name in used),
+                      *(f"{letter}:{name}" for letter, name in choice_fields(tally.used).items() if name not in used)])
     more = "".join(f",{ours}:{name}" for name in lost)
-    hint = f"--fields={as_is}{more} learns them, too" if ours == "text" else f"--fields={as_is}{more} has the model read them"
-    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned ({', '.join(used)})."
-          f" {hint}, --fields={as_is} leaves them out. (--max_skipped=1 goes on, too)")
+    verb = "learns them, too" if ours == "text" else "has the model read them"
+    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned "
+          f"({', '.join(used)}). --fields={as_is}{more} {verb}, --fields={as_is} leaves them out. (--max_skipped=1 goes "
+          "on, too)")

@@ -17,6 +17,8 @@ CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response", "po
 REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response", "neg_resp")
 CHOICES = ("choices", "options", "choice", "option")  # of an exam, or fields A, B, C, D
 LETTERS = "ABCDEFGH"
+CHOICE = re.compile(r"(?:option|choice|opt|op|选项)?[ _]?([a-h])", re.IGNORECASE)  # option_a, optionA, opa, 选项A
+NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<noinput>", "N/A")  # what programs write for an empty field
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 THUMB = ("label", "kto_tag")
@@ -93,7 +95,8 @@ def as_text(value, name, glue=""):
             if isinstance(value.get(key), str):
                 more = [other for other in value if other not in (key, "type") and prose(value[other])]
                 if more:
-                    raise Skip("wrong type", f"{name} holds a part with {key} and {', '.join(more)}: which is the text?")
+                    raise Skip("wrong type", f"{name} holds a part with {key} and {', '.join(more)}: which is the "
+                               "text?")
                 return value[key]
     what = value.get("type", "fields") if isinstance(value, dict) else type(value).__name__
     raise Skip("wrong type", f"{name} holds {what}, wanted text: {brief(value)}")
@@ -127,23 +130,29 @@ def note_rest(item, known, notes, prefix=""):
 
 
 # Numbers that count or tell apart, and flags that say nothing of the answer.
-COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|seed|"
-                      "temperature|offset|start|end|page|level|is_classification|human_verified)s?$", re.IGNORECASE)
+COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
+                      "seed|temperature|offset|start|end|page|level|is_classification|human_verified|is_code_related)s?$",
+                      re.IGNORECASE)
+NO = {"0", "0.0", "false"}
+YES = {"1", "1.0", "true"}
 NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete", re.IGNORECASE)
 
 
 def check_marks(item, known, prefix, ours):
-    """Raise Skip where an unknown field says 0 or false beside an answer, or true where its name is a "no": is the
-    answer not to be learned?"""
+    """Raise Skip where an unknown field says 0 or false beside an answer, or true where its name is a "no", or a list of
+    these for the turns: is the answer not to be learned?"""
     for name, value in item.items():
-        word = str(value).lower()
-        is_no = word in ("0", "0.0", "false") or NEGATIVE.search(name) and word in ("1", "1.0", "true")
+        words = {str(part).lower() for part in (value if isinstance(value, list) else [value])}
+        is_no = words & NO and words <= NO | YES or NEGATIVE.search(name) and words & YES and words <= NO | YES
         if is_no and name not in known and not COUNTERS.search(name):
             hint = f"rename it {ours} (0: not learned), or take it out"
             if ours == "label":
                 named = ",".join(f"{field}:{field}" for field in filled(item, item) if field in KNOWN - {*THUMB})
                 hint = f"--fields={named},label:{name} leaves out those where it is 0, --fields={named} learns them all"
-            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? {hint}")
+                if isinstance(value, list):
+                    hint = f"write each into its turn, as weight; --fields={named} learns all turns"
+            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? "
+                       f"{hint}")
 
 
 def prose(value):

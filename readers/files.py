@@ -28,8 +28,8 @@ def find_files(given, repeat=""):
     paths = sorted(path for path in found if extension(path) in readable)
     others = [path for path in found if extension(path) not in readable]
     endings = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others}))
-    check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with {' '.join(UNPACKERS)};"
-          f" found {len(found)} files with endings: {endings or '-'}")
+    check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with "
+          f"{' '.join(UNPACKERS)}; found {len(found)} files with endings: {endings or '-'}")
     if others:
         print(f"note: {len(others)} of the {len(found)} files under {given} are not read, with endings: {endings}",
               file=sys.stderr)
@@ -63,9 +63,13 @@ def files_below(root):
 
     for folder, inside, names in os.walk(root, followlinks=True, onerror=fail_to_read):
         seen.add(os.path.realpath(folder))
-        # a link may lead back to where it stands
-        inside[:] = [name for name in inside if not name.startswith(".")
-                     and os.path.realpath(os.path.join(folder, name)) not in seen]
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for name in list(inside):
+            path = os.path.join(folder, name)
+            if os.path.realpath(path) in seen:
+                inside.remove(name)  # a link that leads back to where it stands
+            elif os.path.islink(path):
+                print(f"note: {path} is a link to a folder, which is read, too", file=sys.stderr)
         yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 

@@ -8,6 +8,7 @@ import re
 
 MARKERS = re.compile(r"<\|/?[A-Za-z_ ]{1,40}\|>|</?s>|<(?:bos|eos|eot|eop|eoa|eoh|eom|eoc|eor|pad|unk|sep|mask)>|"
                      r"</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|\[(?:gMASK|sMASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]|"
+                     r"<｜[^｜<>]{1,40}｜>|<0x[0-9A-F]{2}>|<(?:n|sop)>|<extra_id_\d+>|<unused\d+>|\[unused\d+\]|"
                      r"\{\{[A-Z_]+\}\}")  # the last: a name that is to be filled in
 
 

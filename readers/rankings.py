@@ -1,7 +1,7 @@
 """
 Records to a question and its ranked answers, for the reward model and DPO.
 """
-from readers.account import Skip
+from readers.account import Drop, Skip
 from readers.chats import to_prompt
 from readers.fields import ANSWER, CHOSEN, NUMBER, RANKING, REJECTED, THUMB
 from readers.fields import as_list, as_text, brief, filled, is_number, take, there
@@ -100,7 +100,8 @@ def to_ranking(record, notes):
                 turns = system + turns
             texts = "\n".join(m["content"] for m in turns)
             if not all(m["content"] in texts for m in prompt if m["role"] == "user"):
-                raise Skip("answers to different prompts", f"the prompt is not in what the answer begins with: {brief(texts)}")
+                raise Skip("answers to different prompts", "the prompt is not in what the answer begins with: "
+                           f"{brief(texts)}")
         whole.append(turns)
     if not all(turns and all(m["content"] for m in turns) for turns in whole):
         raise Skip("empty", "a question or an answer has no words")
@@ -117,6 +118,8 @@ def to_ranking(record, notes):
         if ranks[i] not in seen and words not in seen:
             kept.append(words)
         seen |= {ranks[i], words}
+    if len(kept) < 2:
+        raise Drop("fewer than two ranked answers")
     if len(kept) < len(whole):
         notes.cut["tied or equal answers"] += len(whole) - len(kept)
     return {"prompt": prompts[0], "answers": kept}

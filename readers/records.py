@@ -61,7 +61,7 @@ def read_file(path, raw, txt_document="blank"):
 
 
 def records_of(path):
-    """Return the records of a file that must be read as a whole; each line of a .txt is one. Exits where one is broken."""
+    """Return the records of a file, each line of a .txt is one. Exits where one cannot be read."""
     records = []
     with open(path, "rb") as raw:
         for where, record in read_file(path, raw, "line"):
@@ -95,10 +95,15 @@ def stem(path):
     return os.path.basename(path).split(".")[0]
 
 
-def is_json(line):
-    """Whether a line is a JSON object."""
+def are_json(head):
+    """Whether the lines that a file begins with are JSON objects; the last of them may be cut off."""
+    lines = [line.strip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    whole = lines[:-1] or lines
+    if not lines or not all(line.startswith(b"{") and line.endswith(b"}") for line in whole) or not lines[-1].startswith(b"{"):
+        return False
     try:
-        return line.startswith(b"{") and isinstance(DECODER.decode(line.decode(errors="replace")), dict)
+        DECODER.decode(lines[0].decode(errors="replace"))
+        return True
     except BROKEN:
         return False
 
@@ -107,14 +112,15 @@ def check_blank_lines(head):
     """Raise Skip where a .txt has long lines and no blank one among them: is a line a document, or the whole file?"""
     lines = head.split(b"\n")
     if len(lines) > 10 and all(map(bytes.strip, lines[:-1])) and len(head) / len(lines) > 500:
-        raise Skip("unclear where documents end", f"no blank line is in it, and its lines are long ({len(head) // len(lines):,}"
-                   " bytes each): --txt_document=line takes each line as a document, --txt_document=file the whole file")
+        raise Skip("unclear where documents end", "no blank line is in it, and its lines are long "
+                   f"({len(head) // len(lines):,} bytes each): --txt_document=line takes each line as a document, "
+                   "--txt_document=file the whole file")
 
 
 def read_txt(raw, txt_document):
     f = open_text(raw)
     head = f.buffer.peek()
-    if is_json(head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")[0]):
+    if are_json(head):
         yield from read_lines(f)
         return
     if txt_document == "blank":

@@ -16,7 +16,7 @@ from common.documents import clean
 from readers.account import Notes, Skip
 from readers.chats import to_conversation, to_question
 from readers.fields import ANSWER, CHAT, CHOSEN, KNOWN, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
-from readers.fields import as_text, brief, filled, is_blank, is_empty, note_rest, prose, there
+from readers.fields import as_text, brief, filled, is_blank, is_empty, note_rest, there
 from readers.files import split_of
 from readers.rankings import to_ranking
 from readers.texts import to_text
@@ -160,10 +160,11 @@ def unfold(record, kind):
         return
     if isinstance(record, dict) and are_records(record.get("data")) and not set(record) & (CHAT | TEXT) - {"data"}:
         inside = {name for one in record["data"] for name in one}
-        shared = {f"outer {name}" if name in inside else name: value for name, value in record.items() if name != "data"}
-        # what stands beside them is theirs, but a text is counted once, with the first
-        marks = {name: value for name, value in shared.items() if name == "split" or not prose(value)}
-        record = [{**(marks if i else shared), **one} for i, one in enumerate(record["data"])]
+        shared = {}
+        for name, value in record.items():
+            if name != "data":
+                shared[f"outer {name}" if name in inside else name] = value
+        record = [{**shared, **one} for one in record["data"]]  # what stands beside them is theirs
     if isinstance(record, list) and (kind == "text" or are_records(record)):
         yield from record
     elif isinstance(record, dict) and isinstance(record.get("instances"), list):

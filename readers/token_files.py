@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.rows import id_type
-from configurator import check
+from configurator import check, fail
 
 CHUNK = 1 << 23  # tokens at a time
 ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -80,7 +80,8 @@ def open_tokens(path, tok):
         ids = np.fromfile(path, "<u4", 100_000)
         kind = "<u4" if size % 4 == 0 and len(ids) and (ids < tok.vocab_size).all() else "<u2"
     n, rest = divmod(size - offset, np.dtype(kind).itemsize)
-    check(n and not rest, f"{path} has {size:,} bytes, which are no whole number of {np.dtype(kind).name} ids: is it cut off?")
+    check(n and not rest, f"{path} has {size:,} bytes, which are no whole number of {np.dtype(kind).name} ids: is it cut "
+          "off?")
     return np.memmap(path, kind, "r", offset)
 
 
@@ -104,8 +105,10 @@ def border_of(arrays, ends, val_fraction):
 
 def check_ids(chunk, tok, path, first):
     wrong = np.flatnonzero(chunk >= tok.vocab_size)
-    check(not len(wrong), f"{path}: token {first + wrong[:1].sum():,} is {chunk[wrong[:1]].sum():,}, but the vocabulary has "
-          f"{tok.vocab_size:,}: were the ids made with another one?")
+    if len(wrong):
+        i = wrong[0]
+        fail(f"{path}: token {first + i:,} is {chunk[i]:,}, but the vocabulary has {tok.vocab_size:,}: were the ids made "
+             "with another one?")
 
 
 def sizes_of(tok):

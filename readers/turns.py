@@ -14,8 +14,8 @@ from readers.fields import as_list, as_text, brief, check_marks, filled, first, 
 SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手|MOSS|System|Tool|Observation", "Q|A|B", "问|答",
             "Instruction|Response")
 # Who might speak, too, but as whom? Their words are not to be learned as another's.
-STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Student|Interviewer|Moderator|Speaker ?\\w|"
-             "Person ?\\w|旁白|客服|顾客|客户|医生|患者|病人|老师|学生|律师|主持人|嘉宾|记者|系统|工具|机器人")
+STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Student|Interviewer|Moderator|"
+             "Speaker ?\\w|Person ?\\w|旁白|客服|顾客|客户|医生|患者|病人|老师|学生|律师|主持人|嘉宾|记者|系统|工具|机器人")
 
 
 def line_of(names):
@@ -86,8 +86,11 @@ def read_turns(value, name, notes, role=None):
             messages += read_turn(turn, name, notes, role)
         elif isinstance(turn, list):
             if len(turn) > 2:
-                raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and answer")
+                raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and "
+                           "answer")
             messages += [message(speaker, as_text(text, name)) for speaker, text in zip(("user", "assistant"), turn)]
+        elif name == "history":
+            raise Skip("wrong type", "history holds texts, wanted pairs of question and answer: [[…, …], …], or messages")
         else:
             asked = messages and messages[-1]["role"] == "user"
             messages.append(message("assistant" if asked else "user", as_text(turn, name)))

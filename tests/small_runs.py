@@ -259,7 +259,7 @@ def count_small(documents):
 @pytest.fixture
 def play(monkeypatch, tmp_path, place):
     """A function that runs ppo or grpo on given models, prompts (one after the other, from the first) and rewards, and
-    returns the checkpoint and the log. stop: the id that ends an answer; -1: none does."""
+    returns the checkpoint and the log. An answer ends with the id stop or stop - 1; at -1 none does."""
     def play(stage, models, prompts=((5,),), stop=-1, scorer=count_small, **changes):
         toy = dict(batch_size=32, max_new_tokens=8, ppo_epochs=2, minibatches=2, kl_coef=0.5, lr=3e-3, min_lr=3e-4,
                    warmup_steps=1, max_steps=1, seed=1, no_eos_penalty=0.0, eval_prompts=0, device="cpu", reward="given",
@@ -271,7 +271,8 @@ def play(monkeypatch, tmp_path, place):
         train = Split(np.array([t for p in prompts for t in p]), None, idx, None, {})
         val = Split(np.zeros(0), None, np.zeros(1, dtype=np.int64), None, {})
         words = copy.copy(place[1])
-        words.im_end_id = words.eot_id = stop
+        words.im_end_id = stop
+        words.eot_id = stop - 1
         words.pad_id = 0
         monkeypatch.setattr(stage, "load_model", lambda *_: (next(loaded), words, {}))
         monkeypatch.setattr(stage, "load_reward_model", lambda *_: critic)

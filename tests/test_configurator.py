@@ -47,17 +47,11 @@ def test_defaults():
 
 
 @pytest.mark.parametrize("argument, key, value", [
-    ("--lr=3e-4", "lr", 3e-4), ("--lr=1", "lr", 1.0), ("--lr=-2", "lr", -2.0), ("--lr=.5", "lr", 0.5),
-    ("--lr=inf", "lr", float("inf")), ("--lr=1_000", "lr", 1000.0),
-    ("--max_steps=20", "max_steps", 20), ("--max_steps=1e5", "max_steps", 100_000),
-    ("--max_steps=20.0", "max_steps", 20), ("--max_steps=-1", "max_steps", -1),
-    ("--max_steps=10_000", "max_steps", 10_000), ("--max-steps=7", "max_steps", 7),
+    ("--lr=3e-4", "lr", 3e-4), ("--lr=1", "lr", 1.0), ("--lr=inf", "lr", float("inf")), ("--lr=1_000", "lr", 1000.0),
+    ("--max_steps=20", "max_steps", 20), ("--max_steps=1e5", "max_steps", 100_000), ("--max-steps=7", "max_steps", 7),
     ("--compile=False", "compile", False), ("--compile=false", "compile", False), ("--compile=0", "compile", False),
-    ("--compile=True", "compile", True), ("--compile=true", "compile", True), ("--compile=1", "compile", True),
-    ("--name=a=b", "name", "a=b"), ("--name==", "name", "="), ("--name=", "name", ""), ("--name=5", "name", "5"),
-    ("--name=None", "name", "None"), ("--name= two words ", "name", " two words "), ("--name=床前明月光", "name", "床前明月光"),
-    ("--name='quoted'", "name", "'quoted'"), ("--name=--x", "name", "--x"), ("--name=x.py", "name", "x.py"),
-])
+    ("--name=a=b", "name", "a=b"), ("--name=", "name", ""), ("--name=5", "name", "5"), ("--name=None", "name", "None"),
+    ("--name= two words ", "name", " two words "), ("--name=床前明月光", "name", "床前明月光"), ("--name=x.py", "name", "x.py")])
 def test_values_of_the_command_line(argument, key, value):
     cfg = load_config(Config, [argument])
     assert getattr(cfg, key) == value and type(getattr(cfg, key)) is type(value)
@@ -89,8 +83,8 @@ def test_values_of_a_config_file_are_checked_too(config_file):
                         ("max_steps = True", "max_steps wants a whole number, got True")]:
         path = config_file(text)
         assert refused(path) == f"{words} (from {path})"
-    cfg = load_config(Config, [config_file("lr = 1\nmax_steps = 1e5\nchat = True\nbatch_size = 8 * 64\ncompile = False")])
-    assert (cfg.lr, cfg.max_steps, cfg.batch_size, cfg.compile) == (1.0, 100_000, 512, False)
+    cfg = load_config(Config, [config_file("lr = 1\nmax_steps = 1e5")])
+    assert (cfg.lr, cfg.max_steps) == (1.0, 100_000)
     assert type(cfg.lr) is float and type(cfg.max_steps) is int
 
 
@@ -115,25 +109,20 @@ def test_words_that_cannot_be_read(tmp_path):
 
 
 def test_a_config_file_may_compute(config_file):
-    """Imports, functions, classes and names that begin with an underscore are the file's own business."""
+    """Imports, functions and names that begin with an underscore are the file's own business."""
     cfg = load_config(Config, [config_file("""
-import os.path as p
-from math import sqrt, ceil
+from math import ceil
 from pathlib import Path
-from functools import partial
 _tokens = 1_000_000
 _double = lambda x: 2 * x
 
 def steps(tokens):
     return ceil(tokens / batch_size)
 
-class Helper:
-    pass
-
 chat = True
 batch_size = 8 * 4
 max_steps = steps(_tokens)
-lr = sqrt(_double(2)) * 1e-3
+lr = _double(1) * 1e-3
 """)])
     assert cfg == Config(batch_size=32, max_steps=31250, lr=2e-3, chat=True)
 
@@ -143,7 +132,8 @@ def test_the_command_line_wins_wherever_it_stands(config_file):
     for argv in ([path, "--lr=0.1"], ["--lr=0.1", path]):
         assert load_config(Config, argv) == Config(lr=0.1, max_steps=5, name="file")
     second = config_file("lr = 0.7", "second.py")
-    assert load_config(Config, [path, second]).lr == 0.7 and load_config(Config, [second, path]).lr == 0.5  # the later file wins
+    assert load_config(Config, [path, second]).lr == 0.7  # the later file wins
+    assert load_config(Config, [second, path]).lr == 0.5
     assert load_config(Config, [path, "--lr=0.1", second]).lr == 0.1
     assert load_config(Config, ["--lr=1", "--lr=2"]).lr == 2.0
 
@@ -162,19 +152,15 @@ def test_changed_lists_what_differs():
     assert changed(load_config(Config, ["--lr=1", "--max_steps=1000", "--compile=0"])) == {"lr": 1.0, "compile": False}
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help(capsys, flag):
+def test_help(capsys):
+    """The script's docstring and the fields with their comments, whatever else is wrong."""
     with pytest.raises(SystemExit) as left:
-        load_config(Config, ["--lr=fast", flag])
+        load_config(Config, ["--lr=fast", "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(__doc__.strip())
-    lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
-    assert '"data/x"' in lines["--data_dir"] and "str" in lines["--data_dir"]
-    assert lines["--data_dir"].endswith("folder from prepare.py")
-    assert "= 1e-3 " in lines["--lr"] and "float" in lines["--lr"] and lines["--lr"].endswith("peak learning rate")
-    assert "= 1000 " in lines["--max_steps"] and lines["--max_steps"].endswith("steps of the whole run")
-    assert "= True " in lines["--compile"] and "bool" in lines["--compile"]
-    assert "int" in lines["--batch_size"]
+    for line in ('--data_dir: str = "data/x"      # folder from prepare.py', "--lr: float = 1e-3              # peak learning rate",
+                 "--batch_size: int = 16"):
+        assert f"    {line}\n" in text
     order = [text.index(word) for word in ("files\n", "--data_dir", "--name", "optimizer\n", "--lr", "--compile")]
     assert order == sorted(order)

@@ -111,15 +111,6 @@ def test_mixed_conversations_are_shared_among_processes(ranked, world):
         assert weight == pytest.approx(len(targets) / n_learned)
 
 
-def test_mixed_folders_take_turns(ranked):
-    """Each goes on where it was when it last had its turn."""
-    text = Split(np.arange(128 * 9 + 1, dtype=np.uint16), None, None, None, {})
-    for number in range(6):
-        mixed = mixed_rows([ranked, text], number, 2, 1, 0, env_of())
-        alone = mixed_rows([[ranked], [text]][number % 2], number // 2, 2, 1, 0, env_of())
-        assert all(torch.equal(a, b) for a, b in zip(mixed, alone))
-
-
 def test_mixed_text_is_cut_into_pieces():
     text = Split(np.arange(128 * 5 + 1, dtype=np.uint16), None, None, None, {})
     starts = []

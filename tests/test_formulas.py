@@ -350,12 +350,13 @@ def test_policy_loss_clips_what_has_gone_far_enough():
 
 
 def test_policy_loss_variants():
-    """GSPO: one ratio an answer, its tokens' geometric mean; CISPO: the clipped ratio weighs the log-probs."""
+    """GSPO: one ratio an answer, its tokens' geometric mean, and an answer counts once; CISPO: the clipped ratio weighs
+    the log-probs."""
     logps = [[math.log(1.1), math.log(0.9), 5.0]]
     mask = [[1.0, 1.0, 0.0]]
     total, ratio = policy(logps, [[0.0] * 3], [[1.0] * 3], mask, ratio="sequence")
     assert_close(ratio[:, :2], torch.full((1, 2), math.sqrt(0.99)))
-    assert_close(total, torch.tensor(-2 * math.sqrt(0.99)))
+    assert_close(total, torch.tensor(-math.sqrt(0.99)))
     total, _ = policy([[-1.0]], [[-2.0]], [[3.0]], surrogate="cispo")
     assert_close(total, torch.tensor(1.2 * 3.0))
 

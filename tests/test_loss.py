@@ -41,14 +41,6 @@ def test_log_probs_by_hand():
     assert squared[0].tolist() == pytest.approx([0.0, math.log(25 / 30)])
 
 
-def test_loss_of_extreme_logits_is_finite():
-    """cross_entropy: the target's logit of 1000 against -1000, and the other way round."""
-    x = torch.tensor([[1000.0, 0.0]])
-    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    for target, wanted in ((0, 0.0), (1, 2000.0)):
-        assert cross_entropy(x, weight, torch.tensor([target]), torch.ones(1)).item() == wanted
-
-
 def small_model():
     torch.manual_seed(3)
     return Transformer(ModelConfig(vocab_size=320, dim=32, n_layers=1, n_heads=2, max_seq_len=32))

@@ -139,35 +139,24 @@ def test_muon_steps_by_hand():
         assert (optimizer.state[p]["momentum"] - momentum * directions).abs().max() < 1e-6
 
 
-def test_muon_treats_matrices_of_one_shape_as_if_alone():
+def test_muon_treats_every_matrix_as_if_alone():
+    """Also those of one shape, which are made orthogonal together, and those that lie in one parameter, as q, k and v."""
     shapes = [(8, 16), (16, 8), (8, 16), (8, 8), (8, 16)]
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [Muon(together, lr=0.1, weight_decay=0.1)] + [Muon([p], lr=0.1, weight_decay=0.1) for p in alone]
+    fused = torch.nn.Parameter(torch.cat([torch.randn(rows, 6) for rows in (8, 4, 4)]))
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in [*together, *fused.split([8, 4, 4])]]
+    optimizers = [Muon([{"params": together}, {"params": [fused], "parts": (8, 4, 4)}], lr=0.1, weight_decay=0.1)]
+    optimizers += [Muon([p], lr=0.1, weight_decay=0.1) for p in alone]
     for step in range(3):
-        for a, b in zip(together, alone):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
+        for p in [*together, fused]:
+            p.grad = torch.randn_like(p)
+        for p, grad in zip(alone, [*(p.grad for p in together), *fused.grad.split([8, 4, 4])]):
+            p.grad = grad.clone()
         together[3].grad = alone[3].grad = None  # without a gradient: no step, no decay
         for optimizer in optimizers:
             optimizer.step()
-    for a, b in zip(together, alone):
+    for a, b in zip([*together, *fused.split([8, 4, 4])], alone, strict=True):
         assert (a - b).abs().max() < 1e-5
-
-
-def test_muon_treats_the_matrices_in_one_parameter_as_if_apart():
-    """q, k, v lie in one matrix, gate and up in another; each is orthogonalized and stepped by itself."""
-    fused = torch.nn.Parameter(torch.randn(16, 6))
-    apart = [torch.nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
-    optimizers = [Muon([{"params": [fused], "parts": (8, 4, 4)}], lr=0.1, weight_decay=0.1),
-                  Muon(apart, lr=0.1, weight_decay=0.1)]
-    for step in range(3):
-        fused.grad = torch.randn(16, 6)
-        for p, grad in zip(apart, fused.grad.split([8, 4, 4])):
-            p.grad = grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert (fused - torch.cat(apart)).abs().max() < 1e-5
 
 
 def test_muon_knows_which_matrices_lie_in_one_parameter():

@@ -75,12 +75,10 @@ def weights(model):
 
 
 def test_the_critic_learns_alone_first(play):
-    models = toy_models()
-    before = [weights(model) for model in models]
-    play(ppo, models, critic_warmup=1)
-    assert torch.equal(weights(models[0]), before[0]) and not torch.equal(weights(models[2]), before[2])
-    play(ppo, models, critic_warmup=1, max_steps=2)
-    assert not torch.equal(weights(models[0]), before[0])
+    """critic_warmup=2: the policy stands where it started until the third step's update."""
+    _, log = play(ppo, toy_models(), critic_warmup=2, max_steps=4, lr=0.02)
+    kl = [record["kl"] for record in log if "kl" in record]
+    assert kl[:3] == [0, 0, 0] and kl[3] != 0
 
 
 def test_unended_answers_are_penalised(play, monkeypatch):
@@ -108,7 +106,7 @@ def test_what_the_log_says_of_the_updates(play, monkeypatch):
         n = mask.sum().item()
         shares.append(sum(not 0.9 <= r <= 1.1 for r in ratio.tolist()) / n)
         kls.append(sum(1 / r - 1 - math.log(1 / r) for r in (1 / ratio).tolist()) / n)
-    assert len(calls) == 4 and record["updates"] == 4
+    assert len(calls) == 4
     assert record["clip_share"] == pytest.approx(np.mean(shares), abs=1e-6) and record["clip_share"] > 0.02
     assert record["step_kl"] == pytest.approx(np.mean(kls), abs=1e-5)
 

@@ -1,9 +1,7 @@
 """pretrain.py: which rows a step sees, that micro-steps are one batch, and a run that learns, saves and says what is wrong."""
 import dataclasses
-import json
 import math
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -88,18 +86,6 @@ def test_best_checkpoint_is_the_lowest_validation_loss(place, tmp_path, monkeypa
     assert not torch.equal(best["model"]["embed.weight"], last["model"]["embed.weight"])
 
 
-def test_without_held_out_text_it_trains_and_says_so_once(place, tmp_path, capsys):
-    root, tok = place
-    write_folder(f"{tmp_path}/data", tok, "text", {"train": [5, 6, 7] * 50, "val": []})
-    cfg = settings(root, "pretrain", f"{tmp_path}/run", data_dir=f"{tmp_path}/data", max_steps=4, eval_every=2,
-                   sample_start="春夜" * 100)  # longer than the model sees: costs nothing
-    checkpoint, records = run(cfg)
-    assert capsys.readouterr().out.count(f"no held-out text: {tmp_path}/data") == 1
-    assert "best.pt" not in os.listdir(cfg.out_dir) and not any("val_loss" in r for r in records)
-    checkpoint, _ = run(dataclasses.replace(cfg, max_steps=6))  # it goes on like any other run
-    assert checkpoint["step"] == 6 and checkpoint["best_val"] == math.inf
-
-
 def test_going_on_with_another_text(place, tmp_path):
     """--init_from: weights of a run, of which the shape comes too, and its tokenizer must be that of the text."""
     root, tok = place
@@ -114,18 +100,3 @@ def test_going_on_with_another_text(place, tmp_path):
     write_folder(f"{tmp_path}/data", other, "text", {"train": [5, 6, 7] * 50, "val": []})
     words = refused(dataclasses.replace(cfg, data_dir=f"{tmp_path}/data"))
     assert "tokenizer than" in words and f"--tokenizer={root}/base" in words
-
-
-def test_errors_name_the_fix(place, tmp_path):
-    root, tok = place
-    write_folder(f"{tmp_path}/tiny", tok, "text", {"train": [5] * 20, "val": []})
-    shutil.copytree(f"{root}/text", f"{tmp_path}/mixed_up")
-    with open(f"{root}/text/meta.json") as f:
-        meta = json.load(f)
-    with open(f"{tmp_path}/mixed_up/meta.json", "w") as f:
-        json.dump({**meta, "fingerprint": "0" * 64}, f)
-    for changes, words in [(dict(data_dir="data/baby"), "python prepare.py baby --input=FILE_OR_FOLDER"),
-                           (dict(data_dir=f"{tmp_path}/tiny"), "fewer than one row of seq_len=32"),
-                           (dict(data_dir=f"{tmp_path}/mixed_up"), "is not the vocabulary that the tokens beside it"),
-                           (dict(seq_len=64), "seq_len=64 is more than the model can see, max_seq_len=32")]:
-        assert words in refused(settings(root, "pretrain", f"{tmp_path}/run", **changes))

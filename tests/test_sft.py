@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import CPU, conversation, make_run, refused, run, settings, spy
+from small_runs import CPU, conversation, run, settings, spy
 
 import sft
 from common.checkpoint import load_model
@@ -155,13 +155,3 @@ def test_distilled_from_itself_there_is_nothing_to_learn(place, tmp_path):
     """At weight 1 the loss is the divergence from the teacher: 0 at the first step, where both are the same model."""
     _, log = run(settings(place[0], "sft", str(tmp_path), teacher="base", teacher_weight=1.0, max_steps=1))
     assert abs(log[0]["loss"]) < 1e-5
-
-
-def test_errors_name_the_fix(place, tmp_path):
-    root, tok = place
-    make_run(f"{tmp_path}/narrow", tok, max_seq_len=64)
-    for changes, words in [(dict(seq_len=512), "seq_len=512 exceeds the 256 tokens that the model or its teacher can"),
-                           (dict(teacher=f"{tmp_path}/narrow"), "seq_len=128 exceeds the 64 tokens"),
-                           (dict(seq_len=4), "none of the 40 conversations"),
-                           (dict(data_dir="text"), "holds data of kind text, this stage reads sft")]:
-        assert words in refused(settings(root, "sft", f"{tmp_path}/run", **changes))

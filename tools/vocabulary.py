@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 def read_varint(message, at):
-    """Return a number written in 7 bits per byte, lowest first, and where it ends; the top bit says that more follow."""
+    """Return a number written in 7 bits per byte, lowest first, and where it ends; the top bit: more follow."""
     value = 0
     shift = 0
     while message[at] >= 128:

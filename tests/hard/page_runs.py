@@ -22,6 +22,11 @@ REAL = [path for path in os.environ.get("PAGE_RUNS", "").split(",") if path]
 JUDGE = os.environ.get("PAGE_REWARD", "")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(repeatable):
+    torch.set_num_threads(1)  # the browser wants a core, too
+
+
 @pytest.fixture(scope="module")
 def browser():
     with chromium() as browser:

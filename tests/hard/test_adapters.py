@@ -2,6 +2,7 @@
 import pytest
 import torch
 from small_runs import refused, run, settings
+from test_lora import tiny
 
 from common.checkpoint import load_checkpoint, load_model
 from common.lora import add_lora
@@ -63,3 +64,10 @@ def test_adapters_learn_over_a_base_that_stays(place, tmp_path):
     merged, base = load_model(f"{tmp_path}/lora")[0].state_dict(), load_checkpoint(f"{root}/base")["model"]
     changed = {name.split(".", 2)[-1] for name in merged if not torch.equal(merged[name], base[name])}
     assert changed == {"attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
+
+
+def test_a_is_drawn_as_kaiming_uniform():
+    a = add_lora(tiny(dim=128), 16, 8.0, "down").blocks[0].ffn.down.lora_a
+    bound = a.size(1) ** -0.5  # kaiming_uniform with a = sqrt(5)
+    assert 0.95 * bound < a.abs().max() <= bound
+    assert a.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.05)

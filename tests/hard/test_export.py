@@ -300,7 +300,7 @@ def test_chat_template_equals_render_chat(folder, tok, lines):
 def texts_of_tools():
     """(messages, tools, the turns that render_chat is given for them): as prepare.py and tools/serve.py make them."""
     spec = {"type": "function", "function": {"name": "天气", "description": "\"引号\" \\ <b>&'\n\t一行", "parameters": {
-        "type": "object", "required": ["城", 1], "properties": {"z": {"default": 0.5, "min": None, "x": True}, "a": {}}}}}
+        "type": "object", "required": ["城", 1], "properties": {"z": {"at": 0.5, "min": None, "x": True}, "a": {}}}}}
     call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城": "京", "n": [1, 2.5, None, {}]}}}
     as_text = {"id": "2", "type": "function", "function": {"name": "g", "arguments": '{"a": "\\n"}'}}
     parts = [{"type": "text", "text": "北京"}, {"type": "text", "text": "天气？"}]
@@ -692,7 +692,8 @@ def test_a_llama_brought_in_begins_and_ends_as_there(add_bos, text, place, lines
     assert tok.eot_id == 2 and tok.start_ids == again.start_ids == [1] * add_bos
     for line in lines[:5]:
         prompt = [1] * add_bos + sp.encode(line[:20])
-        assert tok.encode_start(line[:20]) == again.encode_start(line[:20]) == template(line[:20])["input_ids"] == prompt
+        assert prompt == tok.encode_start(line[:20]) == again.encode_start(line[:20])
+        assert prompt == template(line[:20])["input_ids"]
         ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
         new = generate(model, [prompt], 40, temperature=0, stop_ids=[tok.eot_id])[0]
         assert new == ids

@@ -1,6 +1,9 @@
 """Data folders that are cut short, damaged, of another kind, or of another tokenizer: one sentence each."""
+import dataclasses
 import json
+import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -146,3 +149,40 @@ def test_rows_longer_than_the_model_sees_are_not_mixed_in(place):
     assert len(open_mixed(f"{root}/talks,{root}/text", 4, tok, 256, CPU)) == 2
     with pytest.raises(SystemExit, match="ptx_rows=3 must be a multiple of the 2 processes"):
         open_mixed(f"{root}/talks", 3, tok, 256, type(CPU)(0, 2, CPU.device, CPU.dtype))
+
+
+def test_without_held_out_text_it_trains_and_says_so_once(place, tmp_path, capsys):
+    root, tok = place
+    write_folder(f"{tmp_path}/data", tok, "text", {"train": [5, 6, 7] * 50, "val": []})
+    cfg = settings(root, "pretrain", f"{tmp_path}/run", data_dir=f"{tmp_path}/data", max_steps=4, eval_every=2,
+                   sample_start="春夜" * 100)  # longer than the model sees: costs nothing
+    checkpoint, records = run(cfg)
+    assert capsys.readouterr().out.count(f"no held-out text: {tmp_path}/data") == 1
+    assert "best.pt" not in os.listdir(cfg.out_dir) and not any("val_loss" in r for r in records)
+    checkpoint, _ = run(dataclasses.replace(cfg, max_steps=6))  # it goes on like any other run
+    assert checkpoint["step"] == 6 and checkpoint["best_val"] == math.inf
+
+
+def test_texts_that_cannot_be_trained_on(place, tmp_path):
+    root, tok = place
+    write_folder(f"{tmp_path}/tiny", tok, "text", {"train": [5] * 20, "val": []})
+    shutil.copytree(f"{root}/text", f"{tmp_path}/mixed_up")
+    with open(f"{root}/text/meta.json") as f:
+        meta = json.load(f)
+    with open(f"{tmp_path}/mixed_up/meta.json", "w") as f:
+        json.dump({**meta, "fingerprint": "0" * 64}, f)
+    for changes, words in [(dict(data_dir="data/baby"), "python prepare.py baby --input=FILE_OR_FOLDER"),
+                           (dict(data_dir=f"{tmp_path}/tiny"), "fewer than one row of seq_len=32"),
+                           (dict(data_dir=f"{tmp_path}/mixed_up"), "is not the vocabulary that the tokens beside it"),
+                           (dict(seq_len=64), "seq_len=64 is more than the model can see, max_seq_len=32")]:
+        assert words in refused(settings(root, "pretrain", f"{tmp_path}/run", **changes))
+
+
+def test_conversations_that_cannot_be_trained_on(place, tmp_path):
+    root, tok = place
+    make_run(f"{tmp_path}/narrow", tok, max_seq_len=64)
+    for changes, words in [(dict(seq_len=512), "seq_len=512 exceeds the 256 tokens that the model or its teacher can"),
+                           (dict(teacher=f"{tmp_path}/narrow"), "seq_len=128 exceeds the 64 tokens"),
+                           (dict(seq_len=4), "none of the 40 conversations"),
+                           (dict(data_dir="text"), "holds data of kind text, this stage reads sft")]:
+        assert words in refused(settings(root, "sft", f"{tmp_path}/run", **changes))

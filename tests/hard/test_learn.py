@@ -103,7 +103,7 @@ WRONG = {
     "group_advantages": [("groups - groups.mean(dim=1, keepdim=True)", "groups - totals.mean()"),
                          ("* group_size / (group_size - 1)", ""), (" + 1e-4", "")],
     "policy_loss": [("torch.max(plain", "torch.min(plain"), ("-advantages * ratio\n", "advantages * ratio\n"),
-                    ("(loss * mask)", "loss"), ("clamp(low, high)", "clamp(max=high)"), ("cfg.clip_high or ", "")],
+                    ("(loss * weights)", "loss"), ("clamp(low, high)", "clamp(max=high)"), ("cfg.clip_high or ", "")],
     "preference_loss": [("chosen_gain - rejected_gain", "rejected_gain - chosen_gain"),
                         ("chosen - ref_chosen", "chosen"), ("- cfg.simpo_gamma", "+ cfg.simpo_gamma"),
                         ("- cfg.nll_weight", "+ cfg.nll_weight")],

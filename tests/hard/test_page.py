@@ -23,8 +23,8 @@ from common.generate import filter_logits, generate
 from configurator import load_config
 from oracles import random_model
 from page_hosts import Chromium, Node, read_page
-from page_runs import (JUDGE, REAL, answer_job, browser, host, logits_of, made, make, opened_in,  # noqa: F401
-                       prompts_of, quantised_models, save_run, tok_file, write_page, write_runs)
+from page_runs import (JUDGE, REAL, answer_job, browser, host, logits_of, made, make, one_thread,  # noqa: F401
+                       opened_in, prompts_of, quantised_models, save_run, tok_file, write_page, write_runs)
 from test_tokenizer import POEMS, TRAPS
 from test_vocabulary import rank_file, train_sentencepiece
 from tokenizer import load_tokenizer, render_chat, train_tokenizer
@@ -281,7 +281,7 @@ def test_real_bits_speed_and_size(made, browser):
     models, _ = quantised_models(path)
     data = os.environ.get("PAGE_DATA", "data/poems")
     held_out = np.fromfile(os.path.join(data, "val.bin"), "<u2").astype(np.int64)
-    rows = torch.from_numpy(held_out[:400 * 128 + 1])
+    rows = torch.from_numpy(held_out[:min(400, (len(held_out) - 1) // 128) * 128 + 1])
     for run, model in zip(paths, models):
         exact = load_model(run)[0]
         bits = []

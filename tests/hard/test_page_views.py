@@ -4,7 +4,7 @@ import torch
 
 from common.generate import generate
 from page_hosts import Chromium
-from page_runs import browser, logits_of, made, make, opened_in, quantised_models, tok_file  # noqa: F401
+from page_runs import browser, logits_of, made, make, one_thread, opened_in, quantised_models, tok_file  # noqa: F401
 from tokenizer import render_chat
 
 

@@ -2,7 +2,9 @@
 import math
 
 import pytest
-from small_runs import read_log, refused, run, settings
+from small_runs import read_log, refused, run, settings, spy
+
+import ppo
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
@@ -44,3 +46,12 @@ def test_prompts_too_long_and_too_few_answers(place, tmp_path, stage):
     assert f"minibatches=9 of only {answers} answers in a micro-step: lower --minibatches" in words
     _, log = run(settings(root, stage, str(tmp_path), max_steps=1, eval_prompts=0))
     assert not any("val_score" in record for record in log)
+
+
+def test_a_new_kl_coef_is_obeyed(place, tmp_path, monkeypatch):
+    calls = spy(monkeypatch, ppo, "token_rewards")
+    run(settings(place[0], "ppo", str(tmp_path), max_steps=1))
+    run(settings(place[0], "ppo", str(tmp_path), max_steps=2, kl_coef=0.3))
+    assert [args[4] for args, _ in calls] == [ppo.Config().kl_coef, 0.3]
+    _, log = run(settings(place[0], "ppo", str(tmp_path), max_steps=1, resume=False))
+    assert [record["step"] for record in log] == [0, 1]  # a new run has a new log

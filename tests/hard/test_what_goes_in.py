@@ -1,10 +1,8 @@
 """What goes in without being said wrongly: fields by what they hold, lists, marks, tables, control tokens, splits."""
-import csv
 import json
 import os
 import re
 
-import numpy as np
 import pytest
 
 from prepared import POEMS, messages, run, small_tokenizer, write
@@ -12,7 +10,7 @@ from readers.account import Skip
 from readers.calls import call_tools, list_tools
 from readers.folder import new_folder
 from readers.schemas import convert, unfold
-from tokenizer import load_tokenizer, render_chat
+from tokenizer import render_chat
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +77,8 @@ EXAM = messages("u:月亮？\nA. 一\nB. 二\nC. 三", "a:B")
     {"question": "月亮？", "options": '["A. 一", "B. 二", "C. 三"]', "answer": "B"},
     {"question": "月亮？", "choices": {"label": ["A", "B", "C"], "text": ["一", "二", "三"]}, "answer": "B"},
     {"question": "月亮？", "option": {"A": "一", "B": "二", "C": "三"}, "answer": "B"},
+    {"question": "月亮？", "option_a": "一", "option_b": "二", "option_c": "三", "answer": "B"},
+    {"question": "月亮？", "选项A": "一", "选项B": "二", "选项C": "三", "answer": "B"},
 ])
 def test_choices_are_a_part_of_the_question(record):
     got, notes = convert(record, "sft")
@@ -100,13 +100,20 @@ def test_texts_in_a_question_never_take_turns(record, kind):
     assert convert({"prompt": ["问"]}, "prompts")[0] == messages("u:问")
 
 
+def test_nan_in_a_question_is_nothing():
+    got, notes = convert({"instruction": "翻译", "input": "nan", "output": "答"}, "sft")
+    assert got == messages("u:翻译", "a:答") and notes.cut == {"input that says nan": 1}
+
+
 def test_history_is_pairs():
+    assert "pairs of question and answer" in skipped({"history": ["甲问", "乙问"], "question": "问", "answer": "答"}, "sft")
     assert "pairs of question and answer" in skipped({"history": [["甲", "乙", "丙"]], "question": "问", "answer": "答"}, "sft")
 
 
 @pytest.mark.parametrize("record,leaves", [
     ({"instruction": "修船", "input": "木板", "output": "钉", "prompt": "指令：修船\n输入：木板\n输出：钉"}, "prompt"),
     ({"prompt": "问：" + POEMS[0] + POEMS[1], "completion": POEMS[0] + POEMS[1]}, None),
+    ({"prompt": "一加一？\n答案：2", "completion": "2"}, None),
 ])
 def test_a_question_with_its_answer_is_asked_about(record, leaves):
     said = skipped(record, "sft")
@@ -157,6 +164,11 @@ def test_an_unknown_mark_is_asked_about(mark, value):
     assert convert(record, "sft", [tuple(item.split(":")) for item in learns.split(",")])[0] == messages("u:问", "a:答")
     if value in (False, 0, "0"):
         assert "thumbs down" in skipped(record, "sft", [tuple(item.split(":")) for item in drops.split(",")])
+
+
+def test_a_list_of_marks_is_asked_about():
+    said = skipped({"messages": messages("u:问", "a:坏"), "loss_mask": [0, 0]}, "sft")
+    assert "loss_mask is [0, 0] beside an answer" in said and "as weight" in said
 
 
 @pytest.mark.parametrize("name", ["id", "conversation_id", "index", "turn", "num_turns", "timestamp"])
@@ -332,88 +344,3 @@ def test_one_process_a_folder(tok_file):
     assert os.listdir("data") == []
     run(tok_file)
     assert os.listdir("data") == ["x"]
-
-
-# ---------------------------------------------------------------- token files
-
-LINES = [f"{poem}{i}\n" for i, poem in enumerate(POEMS * 50)]
-
-
-@pytest.fixture
-def foreign():
-    """A vocabulary as Llama 2 and ChatGLM2 have it, <s> 1 and </s> 2, that puts a space before a text."""
-    import sentencepiece
-    with open("foreign.model", "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(POEMS * 50), model_writer=f, vocab_size=400, model_type="bpe", byte_fallback=True,
-            hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", user_defined_symbols=["\n"])
-    return load_tokenizer("foreign.model")
-
-
-@pytest.mark.parametrize("dtype,header,opened,ended", [
-    ("<u2", False, False, True), ("<u4", False, False, True), ("<u2", True, False, True), ("<u2", False, True, True),
-    ("<u2", False, True, False)])
-def test_token_files(foreign, dtype, header, opened, ended):
-    """nanoGPT and baby-llama2-chinese end each text, llm.c has a header, llama2.c opens each text."""
-    ids = []
-    for line in LINES:
-        ids += [1] * opened + foreign.encode(line) + [2] * ended
-    for name, part in (("a", ids[:len(ids) // 2]), ("b", ids[len(ids) // 2:])):
-        with open(f"in/{name}.bin", "wb") as f:
-            if header:
-                f.write(np.array([20240520, 1, len(part)] + [0] * 253, "<i4").tobytes())
-            f.write(np.array(part, dtype).tobytes())
-    folder = run("foreign.model", input="in/*.bin", val_fraction=0.2)
-    train, val = folder.meta["train"], folder.meta["val"]
-    texts = [foreign.decode(row[:-1]) for row in folder.rows() + folder.rows("val")]
-    assert texts == LINES and folder.meta["dtype"] == "uint16"
-    assert train["documents"] + val["documents"] == folder.meta["read"] == folder.meta["kept"] == len(LINES)
-    assert train["bytes"] + val["bytes"] == sum(len(line.encode()) for line in LINES)
-    assert train["characters"] + val["characters"] == sum(map(len, LINES))
-    assert 0.1 < val["tokens"] / (train["tokens"] + val["tokens"]) < 0.3
-
-
-@pytest.mark.parametrize("ids,settings,said", [
-    ([5, 6, 2, 60_000], {}, "token 3 is 60,000, but the vocabulary has"),
-    ([5, 6, 7], {}, "nothing in in/a.bin ends a text"),
-    ([5, 2], {"kind": "sft"}, "--kind=text"),
-    ([5, 2], {"tok_file": ""}, "--tokenizer= must name"),
-])
-def test_token_files_that_cannot_be_used(foreign, ids, settings, said):
-    np.array(ids, "<u2").tofile("in/a.bin")
-    with pytest.raises(SystemExit, match=said):
-        run(**{"tok_file": "foreign.model", "input": "in/a.bin", **settings})
-    with open("in/a.bin", "ab") as f:
-        f.write(b"x")
-    with pytest.raises(SystemExit, match=r"--kind|--tokenizer|no whole number of uint16 ids: is it cut off\?"):
-        run(**{"tok_file": "foreign.model", "input": "in/a.bin", **settings})
-
-
-# ---------------------------------------------------------------- one reader for every script
-
-
-@pytest.mark.parametrize("name,data", [
-    ("q.json", json.dumps([{"prompt": poem} for poem in POEMS], ensure_ascii=False, indent=1).encode()),
-    ("q.jsonl", b"\xef\xbb\xbf" + "".join(json.dumps({"prompt": poem}) + "\n" for poem in POEMS).encode()),
-    ("q.csv", ("prompt\n" + "\n".join(POEMS) + "\n").encode()),
-    ("q.txt", "\n".join(POEMS).encode("gb18030")), ("q.txt", "\ufeff".encode() + "\r\n".join(POEMS).encode()),
-])
-def test_prompts_of_sample_come_from_any_file(name, data):
-    from sample import Config, read_prompts
-    with open(name, "wb") as f:
-        f.write(data)
-    assert read_prompts(Config(prompts=name)) == POEMS
-
-
-def test_exams_and_pairs_come_from_any_file():
-    from recipes.exams import read_pairs, read_rows
-    with open("exam.csv", "w", encoding="gb18030", newline="") as f:
-        csv.writer(f).writerows([["", "Question", "A", "B", "C", "D", "Answer"], [0, "月亮？", "一", "二", "三", "四", "B"]])
-    assert [row["question"] + row["answer"] for row in read_rows("exam.csv")] == ["月亮？B"]
-    with open("pairs.json", "w") as f:
-        json.dump([{"sentence_good": "好", "sentence_bad": "坏"}], f)
-    assert read_pairs("pairs.json") == (["好"], ["坏"])
-    with open("broken.jsonl", "w") as f:
-        f.write('{"sentence_good": "好"')
-    with pytest.raises(SystemExit, match="broken.jsonl"):
-        read_pairs("broken.jsonl")
