@@ -1,4 +1,4 @@
-# 1,000 conversations about sums, 450 of them worked: enough to show what thinking looks like, not to make it a habit.
+# 1,000 conversations about sums, 400 of them worked: enough to show what thinking looks like, not to make it a habit.
 #   python prepare.py sums-sft --input=data/raw/sums/sft.jsonl --kind=sft --tokenizer=data/sums --val_fraction=0.05
 #   python sft.py config/sums_sft.py
 data_dir = "data/sums-sft"
@@ -7,7 +7,7 @@ out_dir = "out/sums-sft"
 
 seq_len = 128
 batch_size = 16
-epochs = 4
+epochs = 8
 optimizer = "muon"
 lr = 3e-3
 min_lr = 1e-4
@@ -19,4 +19,4 @@ decay_steps = 60
 eval_every = 200
 compile = False
 log_every = 20
-questions = "713+586=?|954-879=?"
+questions = "4713+2586=?|9504-8759=?"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RL that one can see: a model of 0.5 M parameters reads sums, is shown a few that are worked line by line, and finds out
+# RL that one can see: a model of 0.9 M parameters reads sums, is shown a few that are worked line by line, and finds out
 # by GRPO that thinking pays. Run again after an interruption, and it goes on.
 #   bash runs/sums.sh                 about 8 minutes on 2 CPU cores;  bash runs/sums.sh 2: another seed, out/sums-*-2
 set -euo pipefail
@@ -32,4 +32,4 @@ python grpo.py config/sums_grpo.py --seed="$seed" --init_from="out/sums-sft$tail
 say "5. before and after, on sums that no stage has seen and no setting was chosen on"
 python -m tools.evaluate sums --input=$raw/test.jsonl --runs="out/sums-sft$tail,out/sums-grpo$tail" --batch_size=1280
 python -m tools.plot "out/sums-grpo$tail" --y=score,watched,length,entropy
-say "done. Ask it: echo '713+586=?' | .venv/bin/python sample.py --chat --temperature=0 --out_dir=out/sums-grpo$tail"
+say "done. Ask it: echo '4713+2586=?' | .venv/bin/python sample.py --chat --temperature=0 --out_dir=out/sums-grpo$tail"
