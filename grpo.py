@@ -169,7 +169,7 @@ def main(cfg):
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
-    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers to one prompt: --group_size=4, not {G}")
+    check(G > 1 or cfg.teacher, f"advantage={cfg.advantage} compares answers: give --group_size=4, not {G}")
     judges = [name for name in (cfg.reward, cfg.reward_from, cfg.teacher) if name]
     check(len(judges) == 1, "give one of --reward=FILE.py:FUNCTION, --reward_from=RUN and --teacher=RUN, not "
           f"{len(judges)}: {', '.join(judges)}")

@@ -457,13 +457,43 @@ class MoE(nn.Module):
         return y.view(shape)
 
 
-def grouped_matmul(x, weights, block_ends):
-    """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i]."""
-    if x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weights, offs=block_ends)
-    return uncompiled_grouped_matmul(x, weights, block_ends)
+@torch.library.custom_op("mingyue::grouped_matmul", mutates_args=())
+def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
+    """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i].
 
-
-@torch.compiler.disable  # the compiler refuses it in fp32 and fp16, though it computes them well
-def uncompiled_grouped_matmul(x, weights, block_ends):
+    F.grouped_mm as an operation of our own: torch.compile refuses it for fp32 and fp16, though it computes them well.
+    """
     return F.grouped_mm(x, weights, offs=block_ends)
+
+
+@torch.library.custom_op("mingyue::grouped_outer", mutates_args=())
+def grouped_outer(x: torch.Tensor, grad: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
+    """x (N, C), grad (N, W) -> (E, C, W): the gradient of each block's matrix, x.T grad over the rows of the block."""
+    return F.grouped_mm(x.T, grad, offs=block_ends)
+
+
+# What the compiler must know of an operation that it cannot look into: the shape of the result, and the gradient.
+@grouped_matmul.register_fake
+def _(x, weights, block_ends):
+    return x.new_empty(x.size(0), weights.size(2))
+
+
+@grouped_outer.register_fake
+def _(x, grad, block_ends):
+    return x.new_empty(block_ends.size(0), x.size(1), grad.size(1))
+
+
+def save_for_grouped_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def grouped_backward(ctx, grad):
+    # y = x W in each block, hence dx = dy W' and dW = x' dy
+    x, weights, block_ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grouped_matmul(grad, weights.transpose(1, 2), block_ends)
+    grad_weights = grouped_outer(x, grad, block_ends)
+    return grad_x, grad_weights, None
+
+
+grouped_matmul.register_autograd(grouped_backward, setup_context=save_for_grouped_backward)

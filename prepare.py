@@ -149,7 +149,7 @@ def read_file(path, cfg, counts):
                 counts.update(("used", path, field) for field in record)
                 yield content, record.get("split")
             return
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             pass
     # from the first record on that is not plain
     from readers.documents import read_odd

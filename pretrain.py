@@ -156,7 +156,7 @@ def main(cfg):
     train, val, meta = open_data(cfg.data_dir, "text")
     tokenizer = load_tokenizer(cfg.data_dir)
     check(tokenizer.fingerprint == meta["fingerprint"], f"{cfg.data_dir}/tokenizer.model is not the vocabulary that "
-          "its tokens were made with. Prepare the folder again")
+          "the tokens beside it were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
     if cfg.init_from:

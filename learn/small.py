@@ -15,6 +15,8 @@ import shutil
 import signal
 import tempfile
 
+import torch
+
 import dpo
 import grpo
 import prepare
@@ -132,7 +134,7 @@ def train(stage, **changes):
     if base:
         make_run("pretrain" if base == "out/learn" else "sft")
     shutil.rmtree(settings["out_dir"], ignore_errors=True)
-    with quiet():
+    with quiet(), torch.enable_grad():  # also where it is called to look at a model, without gradients
         module = STAGES[stage]
         module.main(module.Config(**settings))
     return settings["out_dir"]

@@ -47,7 +47,8 @@ def plain_objective(actor, documents, rewards, cfg):
                 if mask[place + 1]:
                     total = total - A * logps[place, ids[place + 1]] * counts
                     n_tokens += counts
-    length = len(documents) * cfg.max_new_tokens if cfg.advantage == "dr_grpo" else n_tokens
+    places = 1 if cfg.ratio == "sequence" else cfg.max_new_tokens
+    length = len(documents) * places if cfg.advantage == "dr_grpo" else n_tokens
     return total / length
 
 

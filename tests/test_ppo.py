@@ -88,7 +88,7 @@ def test_unended_answers_are_penalised(play, monkeypatch):
         rollouts, estimates = spy(monkeypatch, ppo, "rollout"), spy(monkeypatch, ppo, "gae")
         play(ppo, toy_models(), stop=15, no_eos_penalty=penalty, kl_coef=0.0, batch_size=16, lam=1.0)
         (_, documents), ((_, _, mask, _, _), (_, returns)) = rollouts[0], estimates[0]
-        ended = torch.tensor([float(ids[-1] == 15) for ids, _ in documents])
+        ended = torch.tensor([float(ids[-1] in (14, 15)) for ids, _ in documents])
         results.append((returns, ended, mask))
         monkeypatch.undo()
     (with_penalty, ended, mask), (without, _, _) = results

@@ -100,8 +100,8 @@ def fuzzed(lines, n, bits=BITS, seed=7):
 
 @pytest.fixture(scope="module")
 def text():
-    """What the vocabularies here are trained on: the READMEs, whatever else lies around."""
-    return read_lines([f"{ROOT}/README_zh.md", f"{ROOT}/README.md"])
+    """What the vocabularies here are trained on: READMEs and docs, whatever else lies around."""
+    return read_lines([f"{ROOT}/README_zh.md", f"{ROOT}/README.md", *sorted(glob.glob(f"{ROOT}/docs/*.md"))])
 
 
 @pytest.fixture(scope="module")

@@ -337,7 +337,8 @@ def parrot(tok):
 def send(port, path, body, method="POST", headers=()):
     """Return the open HTTPResponse; body: bytes, a list of chunks of bytes, or what becomes JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    if not isinstance(body, (bytes, list)) and body is not None:
+    chunks = isinstance(body, list) and body and all(isinstance(chunk, bytes) for chunk in body)
+    if not isinstance(body, bytes) and not chunks and body is not None:
         body = json.dumps(body).encode()
     connection.request(method, path, body, {"Content-Type": "application/json", **dict(headers)})
     return connection.getresponse()

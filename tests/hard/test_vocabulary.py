@@ -167,7 +167,8 @@ EOS = {"minimind": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|end_of_text
 def lines():
     """Real text, without lines that name a special token: transformers takes the name for the token."""
     found = []
-    for file in ("README_zh.md", "README.md", "tokenizer.py", "model.py", "tests/test_tokenizer.py"):
+    for file in ("docs/results_zh.md", "docs/faults_zh.md", "docs/gpu_zh.md", "README_zh.md", "README.md", "tokenizer.py",
+                 "model.py", "tests/test_tokenizer.py"):
         with open(f"{ROOT}/{file}", encoding="utf-8") as f:
             found += [line for line in f if "<|" not in line]
     return found
