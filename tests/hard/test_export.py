@@ -162,8 +162,9 @@ def named(request, text, place):
     """A vocabulary of these fixtures, or that of a folder of transformers; see FAMILIES."""
     if request.param not in FAMILIES:
         return request.getfixturevalue(request.param)
-    write_family(request.param, place / request.param, text)
-    return load_tokenizer(place / request.param)
+    folder = place / f"family-{request.param}"
+    write_family(request.param, folder, text)
+    return load_tokenizer(folder)
 
 
 def every(*names):

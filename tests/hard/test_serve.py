@@ -335,10 +335,9 @@ def parrot(tok):
 
 
 def send(port, path, body, method="POST", headers=()):
-    """Return the open HTTPResponse; body: bytes, a list of chunks of bytes, or what becomes JSON."""
+    """Return the open HTTPResponse; body: bytes, a tuple of chunks of bytes, or what becomes JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    chunks = isinstance(body, list) and body and all(isinstance(chunk, bytes) for chunk in body)
-    if not isinstance(body, bytes) and not chunks and body is not None:
+    if not isinstance(body, (bytes, tuple)) and body is not None:
         body = json.dumps(body).encode()
     connection.request(method, path, body, {"Content-Type": "application/json", **dict(headers)})
     return connection.getresponse()
@@ -685,11 +684,11 @@ def test_pages_of_other_sites_and_bodies_in_chunks(live):
     assert response.status == 200 and response.headers["access-control-allow-origin"] == "*"
     assert "content-type" in response.headers["access-control-allow-headers"]
     whole = json.dumps({"messages": user("春夜"), "temperature": 0, "max_tokens": 5}).encode()
-    response = send(port, path, [whole[:9], whole[9:20], whole[20:]], headers=origin)
+    response = send(port, path, (whole[:9], whole[9:20], whole[20:]), headers=origin)
     assert response.status == 200 and response.headers["access-control-allow-origin"] == "*"
     answer = ask(port, messages=user("春夜"), temperature=0, max_tokens=5)[1]
     assert json.loads(response.read())["choices"] == answer["choices"]
-    assert send(port, path, [b" " * 2 ** 20] * 17).status == 413
+    assert send(port, path, (b" " * 2 ** 20,) * 17).status == 413
 
 
 def test_api_key(tok, model):
