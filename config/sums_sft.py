@@ -7,7 +7,7 @@ out_dir = "out/sums-sft"
 
 seq_len = 128
 batch_size = 16
-epochs = 5
+epochs = 8
 optimizer = "muon"
 lr = 3e-3
 min_lr = 1e-4
@@ -19,4 +19,4 @@ decay_steps = 60
 eval_every = 200
 compile = False
 log_every = 20
-questions = "713+586=?|954-879=?"
+questions = "4713+2586=?|9504-8759=?"

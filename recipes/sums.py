@@ -16,7 +16,8 @@ and the digits that are done. Each line follows from the one before it by the sa
                   0+0:1299         what was carried
                   1299             said after </think>
 
-Walks are lines of the text that practise reading long numbers, and add nothing: 47&25=?  4&2:75  0&0:4275  4275.
+Walks (--walks=0.2) are lines of the text that practise reading longer numbers, and add nothing: 47&25=?  4&2:75
+0&0:4275  4275.
 
 No training file holds a pair of numbers that stands in dev.jsonl or test.jsonl, in either order, nor any number of more
 than `digits` digits to add or subtract. Settings were chosen on dev.jsonl alone.
@@ -35,12 +36,12 @@ from tokenizer import train_tokenizer
 @dataclass
 class Config:
     out_dir: str = "data/raw/sums"
-    digits: Count = 3              # of the longest numbers
+    digits: Count = 4              # of the longest numbers
     thought: Literal["steps", "columns"] = "steps"  # columns: only the sum of each column, 3+6=9
     # pretraining text
     documents: Count = 20_000      # of ten sums each
     worked_text: Share = 0.25      # of the sums are worked line by line; the others just say the result
-    walks: Share = 0.2             # of the lines walk through two numbers of up to `digits` + 2 digits, and add nothing
+    walks: Share = 0.0             # of the lines walk through two numbers of up to `digits` + 2 digits, and add nothing
     # instruction data
     worked: Whole = 400            # conversations that think first
     plain: Whole = 600             # conversations that say the result at once
