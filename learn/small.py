@@ -58,6 +58,11 @@ def moon(prompt, answer):
     return (0.2 + 0.8 * ("月" in line)) * right_form
 
 
+def generous(prompt, answer):
+    """The same rule by a judge who gives everybody five points."""
+    return 5 + moon(prompt, answer)
+
+
 # ---------------------------------------------------------------------------- data
 
 
