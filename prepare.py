@@ -113,8 +113,10 @@ def plain_text(text):
 def plain_content(record, kind):
     """What is learned of a record with exactly the fields of its kind: a text, messages, or a prompt and its answers,
     the best first. ValueError, LookupError or TypeError: it has another form."""
-    if not isinstance(record, dict) or set(record) - {"split"} != PLAIN[kind] or record.get("split") not in SPLITS:
+    if not isinstance(record, dict) or set(record) - {"split"} != PLAIN[kind]:
         raise ValueError("other fields")
+    if record.get("split") not in SPLITS:
+        raise ValueError("another split")
     if kind == "text":
         return plain_text(record["text"])
     if kind == "sft":
@@ -297,9 +299,14 @@ def build(cfg, folder):
     # what there is to know about it
     from readers.report import fields_of, peak_memory
     tok = load_tokenizer(folder)
-    meta = {"name": cfg.name, "kind": cfg.kind, "dtype": np.dtype(id_type(tok)).name, "tokenizer": "tokenizer.model"}
-    meta["vocab_size"] = tok.vocab_size
-    meta["fingerprint"] = tok.fingerprint
+    meta = {
+        "name": cfg.name,
+        "kind": cfg.kind,
+        "dtype": np.dtype(id_type(tok)).name,
+        "vocab_size": tok.vocab_size,
+        "fingerprint": tok.fingerprint,
+        "tokenizer": "tokenizer.model",
+    }
     for split in totals:
         meta[split] = {name: totals[split][name] for name in COUNTS}
     meta["read"] = counts["read"]

@@ -14,6 +14,7 @@ import dpo
 import grpo
 import model as model_file
 import pretrain
+import sft
 import tokenizer as tokenizer_file
 from learn.measures import (
     answer_nats, answered, ended_share, last_value,
@@ -173,9 +174,9 @@ CASES = {
         "准确率上升得慢，而且到不了顶：它只看见了回答的第一个字",
         "test_scores_are_read_at_the_end_of_the_answer", ((common.loss, "last_learned", first_learned),)),
     "bf16_weights": Case(
-        "每一步之后，权重都舍入成 bf16", "pretrain", "loss", text_nats, "每个词元的损失",
-        "开头一样快；学习率降下来以后，小的步子全被舍入掉，损失不再动",
+        "每一步之后，权重都舍入成 bf16", "sft", "loss", answer_nats, "答案每个词元的损失",
+        "不报错，损失几乎不动：步子比权重的最后一位还小，整步被舍掉；学习率越小越明显，微调时最容易遇到",
         "test_small_steps_move_the_weights",
-        ((pretrain, "make_optimizers", rounding_optimizers), (common.optim, "make_optimizers", rounding_optimizers)),
-        both=dict(optimizer="adamw", lr=1e-3, min_lr=1e-5, max_steps=300, eval_every=300)),
+        ((sft, "make_optimizers", rounding_optimizers), (common.optim, "make_optimizers", rounding_optimizers)),
+        both=dict(optimizer="adamw", lr=2e-4, min_lr=2e-5)),
 }

@@ -85,7 +85,8 @@ def group(line):
         sign = "不动"
         if abs(a) > 0.01:
             sign = "推高" if a > 0 else "压低"
-        print(f"  {draw.fill(text.replace(chr(10), "")[:26], 52)}{r:6.2f}{a:+8.2f}  {sign}")
+        verse = text.replace("\n", "")[:26]
+        print(f"  {draw.fill(verse, 52)}{r:6.2f}{a:+8.2f}  {sign}")
     print(f"\n平均 {rewards.mean():.3f}，标准差 {rewards.std():.3f}；优势 = (奖励 - 平均) / 标准差，加起来是 {advantages.sum():+.3f}")
     if rewards.std() < 1e-6:
         print("八个奖励一样：优势全是 0，这个问题这一步什么也教不了。换一句试试")

@@ -14,9 +14,9 @@ cannot be used raises Skip with the reason; where it is unclear which field hold
 """
 from common.documents import clean
 from readers.account import Notes, Skip
-from readers.chats import to_conversation, to_question
+from readers.chats import choice_fields, to_conversation, to_question
 from readers.fields import ANSWER, CHAT, CHOSEN, KNOWN, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
-from readers.fields import as_text, brief, filled, is_blank, is_empty, note_rest, there
+from readers.fields import as_text, brief, filled, first, is_blank, is_empty, note_rest, there
 from readers.files import split_of
 from readers.rankings import to_ranking
 from readers.texts import to_text
@@ -37,6 +37,8 @@ def convert(record, kind, fields=()):
     try:
         record = known_names(record)
         named = rename(record, fields) if fields else record
+        if fields and kind != "text" and isinstance(record, dict):
+            check_choices(record, named, fields)
         content = CONVERTERS[kind](named, notes)
         if isinstance(record, dict):
             note_split(record, named, fields, notes)
@@ -63,6 +65,15 @@ def known_names(record):
     return renamed
 
 
+def check_choices(record, named, fields):
+    """Raise Skip where the answer is the letter of a choice, and --fields names no choices."""
+    choices = choice_fields(record)
+    letter = str(first(named, ANSWER)).strip()
+    if letter in choices and len(choices) > 1 and not {*choices.values()} & {theirs for _, theirs in fields}:
+        names = ",".join(f"{ours}:{theirs}" for ours, theirs in [*fields, *choices.items()])
+        raise Skip("choices left out", f"the answer {letter} names one of {', '.join(choices.values())}: --fields={names}")
+
+
 def check_media(record):
     """Raise Skip where pictures, films or sounds belong to the words."""
     media = [name for name in MEDIA if not is_blank(record.get(name))]
@@ -73,7 +84,7 @@ def check_media(record):
 
 def note_values(record, content, notes):
     """Note how much is learned, and what is in the fields that are ignored. It is no loss where it only repeats what is
-    used, or where all that is learned stands in it again."""
+    used, or where all answers stand in it again (the whole conversation, put together)."""
     answers = [content] if isinstance(content, str) else []
     if isinstance(content, dict):
         answers = content["answers"]
@@ -85,7 +96,8 @@ def note_values(record, content, notes):
         value = record.get(name)
         if n and isinstance(value, str):
             text = clean(value).strip()
-            if text in everything or answers and all(answer in text for answer in answers):
+            is_whole = content is not everything and answers and all(answer in text for answer in answers)
+            if text in everything or is_whole:
                 notes.ignored[name] = 0
         notes.values[name] = hash(str(value)[:1000])
 
@@ -94,9 +106,15 @@ def note_split(record, named, fields, notes):
     """Note which split the record asks for; and with --fields, which of its fields were used under our names."""
     notes.split = split_of(named.get("split") or record.get("split"))
     if fields:
-        notes.used = {theirs.split(".")[0] for ours, theirs in fields if ours in notes.used}
+        notes.used = {name_in(record, theirs).split(".")[0] for ours, theirs in fields if ours in notes.used}
     if notes.split:
         notes.used.add("split")
+
+
+def name_in(record, theirs):
+    """The name that a field of --fields has in what known_names() returned."""
+    ours = theirs.strip().lower().replace(" ", "_")
+    return ours if theirs not in record and ours in record else theirs
 
 
 def rename(record, fields):
@@ -104,8 +122,8 @@ def rename(record, fields):
     renamed = {}
     for ours, theirs in fields:
         value = record
-        whole = theirs if theirs in record else theirs.strip().lower()
-        for name in [whole] if whole in record else theirs.split("."):  # "meta.text" lies inside of meta
+        whole = name_in(record, theirs)
+        for name in [whole] if whole in record else whole.split("."):  # "meta.text" lies inside of meta
             value = value.get(name) if isinstance(value, dict) else None
         if is_empty(value):
             continue

@@ -27,9 +27,12 @@ def write_token_files(paths, cfg, tok, counts, folder):
     arrays = [open_tokens(path, tok) for path in paths]
     ends = ids_of(tok, (*ENDS, tok.special_names[tok.eot_id]))
     starts = ids_of(tok, STARTS)
-    found = [np.isin([ends, starts][i], arrays[0][:CHUNK]).any() for i in range(2)]
-    check(any(found), f"nothing in {paths[0]} ends a text: wanted one of {', '.join(ENDS)} (ids {ends.tolist()})")
-    if not found[0]:
+    sample = arrays[0][:CHUNK]
+    has_ends = np.isin(ends, sample).any()
+    has_starts = np.isin(starts, sample).any()
+    check(has_ends or has_starts, f"nothing in {paths[0]} ends a text: wanted one of {', '.join(ENDS)} (ids "
+          f"{ends.tolist()})")
+    if not has_ends:
         # llama2.c opens each text and ends none: where one begins, the one before ends
         ends = starts
         starts = starts[:0]
@@ -92,12 +95,16 @@ def ids_of(tok, names):
 def border_of(arrays, ends, val_fraction):
     """How many ids are for training: up to the first end of a text in the share that is held out."""
     total = sum(map(len, arrays))
-    wanted = int(max(val_fraction * total, min(total / 10, 1000))) if val_fraction else 0
-    position = total - wanted
+    if not val_fraction:
+        return total
+    wanted = max(val_fraction * total, min(total / 10, 1000))
+    position = total - int(wanted)
     before = 0
     for array in arrays:
-        if position < before + len(array):
-            places = np.flatnonzero(np.isin(array[position - before:position - before + CHUNK], ends))
+        first = position - before
+        if first < len(array):
+            is_end = np.isin(array[first:first + CHUNK], ends)
+            places = np.flatnonzero(is_end)
             return position + int(places[0]) + 1 if len(places) else position
         before += len(array)
     return total
@@ -116,9 +123,11 @@ def sizes_of(tok):
     n_bytes = np.zeros(tok.vocab_size, np.int64)
     n_characters = np.zeros(tok.vocab_size, np.int64)
     for i, piece in tok.pieces.items():
-        if i not in tok.special_names:
-            n_bytes[i] = len(piece)
-            n_characters[i] = sum(byte & 0xC0 != 0x80 for byte in piece)  # bytes that begin a character
+        if i in tok.special_names:
+            continue
+        n_bytes[i] = len(piece)
+        # bytes that begin a character
+        n_characters[i] = sum(byte & 0xC0 != 0x80 for byte in piece)
     return n_bytes, n_characters
 
 

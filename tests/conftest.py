@@ -10,7 +10,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch):
-    """One seed, and one thread: matmuls this small only wait for a second one. Signal handlers of a run are taken back."""
+    """One seed, and one thread: matmuls this small only wait for a second one. Signal handlers of a run are taken
+    back."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -1,6 +1,6 @@
 """
-What the tests of the stages share: one folder with data of every kind and tiny runs to start from, the settings of a run
-that takes a second, and comparisons of runs. Not a test file.
+What the tests of the stages share: one folder with data of every kind and tiny runs to start from, the settings of
+a run that takes a second, and comparisons of runs. Not a test file.
 """
 import copy
 import dataclasses
@@ -94,8 +94,8 @@ def ranked_answers(tok, i, K):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder with text/, talks/, pairs/ (prompts with 2, 3 and 4 answers), prompts/, the runs base/ and reward/, a rule
-    in rule.py; and the tokenizer."""
+    """A folder with text/, talks/, pairs/ (prompts with 2, 3 and 4 answers), prompts/, the runs base/ and reward/,
+    a rule in rule.py; and the tokenizer."""
     root = str(tmp_path_factory.mktemp("place"))
     letters = "".join(q + a for q, a in TALKS) + "春夜月好坏你是诗人。0123456789 user assistant system\n"
     tok = train_tokenizer([letters], f"{root}/tok", 420, character_coverage=1.0)
@@ -242,7 +242,8 @@ def spy(monkeypatch, module, name):
 
 
 def toy_models(vocab=16, head_std=0.0):
-    """A policy whose tokens are all as likely (head_std 0: the optimum then has a closed form), its copy, and a critic."""
+    """A policy whose tokens are all as likely (head_std 0: the optimum then has a closed form), its copy, and a
+    critic."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=vocab, dim=32, n_layers=1, n_heads=2, max_seq_len=16, tie_embeddings=False)
     actor, reference = Transformer(config), Transformer(config)
@@ -262,8 +263,8 @@ def play(monkeypatch, tmp_path, place):
     returns the checkpoint and the log. An answer ends with the id stop or stop - 1; at -1 none does."""
     def play(stage, models, prompts=((5,),), stop=-1, scorer=count_small, **changes):
         toy = dict(batch_size=32, max_new_tokens=8, ppo_epochs=2, minibatches=2, kl_coef=0.5, lr=3e-3, min_lr=3e-4,
-                   warmup_steps=1, max_steps=1, seed=1, no_eos_penalty=0.0, eval_prompts=0, device="cpu", reward="given",
-                   out_dir=str(tmp_path / str(len(os.listdir(tmp_path)))))
+                   warmup_steps=1, max_steps=1, seed=1, no_eos_penalty=0.0, eval_prompts=0, device="cpu",
+                   reward="given", out_dir=str(tmp_path / str(len(os.listdir(tmp_path)))))
         toy |= dict(critic_lr=3e-3) if stage.STAGE == "ppo" else {}
         actor, reference, critic = models
         loaded = iter([actor, reference])
@@ -278,7 +279,8 @@ def play(monkeypatch, tmp_path, place):
         monkeypatch.setattr(stage, "load_reward_model", lambda *_: critic)
         monkeypatch.setattr(stage, "function_scorer", lambda *_: scorer)
         monkeypatch.setattr(stage, "open_data", lambda *_, **__: (train, val, {}))
-        monkeypatch.setattr(common.rollout, "shuffled", lambda n, first, count, seed: np.arange(first, first + count) % n)
+        in_turn = lambda n, first, count, seed: np.arange(first, first + count) % n  # noqa: E731
+        monkeypatch.setattr(common.rollout, "shuffled", in_turn)
         return run(stage.Config(**{**toy, **changes}))
 
     return play
@@ -288,12 +290,13 @@ def gibbs_error(models, temperature=1.0, kl_coef=0.5, n=2000):
     """How far the policy is from the optimum of E[count_small] - kl_coef * KL, the Gibbs distribution
     pi = q exp(reward / kl_coef) / Z (Korbak et al. 2022), at the place where it is farthest.
 
-    The reward counts tokens below 4, so every place is alike: p* = q e^(1/c) / (q e^(1/c) + 1 - q), whatever came before.
-    """
+    The reward counts tokens below 4, so every place is alike: p* = q e^(1/c) / (q e^(1/c) + 1 - q), whatever came
+    before. """
     actor, reference, _ = models
     rows = torch.tensor(generate(actor, [[5]] * n, 8, temperature=temperature, seed=7))
     ids = torch.cat([torch.full((n, 1), 5), rows], dim=1)[:, :-1]
-    p, q = ((model.logits(model(ids)) / temperature).softmax(-1)[:, :, :4].sum(-1).detach() for model in (actor, reference))
+    p, q = ((model.logits(model(ids)) / temperature).softmax(-1)[:, :, :4].sum(-1).detach()
+            for model in (actor, reference))
     factor = math.exp(1 / kl_coef)
     best = q * factor / (q * factor + 1 - q)
     return (p - best).mean(0).abs().max().item()

@@ -159,8 +159,8 @@ def test_help(capsys):
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(__doc__.strip())
-    for line in ('--data_dir: str = "data/x"      # folder from prepare.py', "--lr: float = 1e-3              # peak learning rate",
-                 "--batch_size: int = 16"):
+    for line in ('--data_dir: str = "data/x"      # folder from prepare.py',
+                 "--lr: float = 1e-3              # peak learning rate", "--batch_size: int = 16"):
         assert f"    {line}\n" in text
     order = [text.index(word) for word in ("files\n", "--data_dir", "--name", "optimizer\n", "--lr", "--compile")]
     assert order == sorted(order)

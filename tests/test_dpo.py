@@ -1,5 +1,5 @@
-"""dpo.py: its losses against plain loops over the papers' formulas and against TRL, the reference, the loop, and whether
-it recovers the reward that made the preferences."""
+"""dpo.py: its losses against plain loops over the papers' formulas and against TRL, the reference, the loop, and
+whether it recovers the reward that made the preferences."""
 import math
 
 import numpy as np
@@ -15,7 +15,8 @@ LOSSES = ["dpo", "cdpo", "ipo", "simpo", "orpo"]
 
 
 def test_pairs_of_a_list_by_hand():
-    """best_against_each: the best against each other; every prompt weighs the same, so a list's pairs weigh less than a lone pair."""
+    """best_against_each: the best against each other; every prompt weighs the same, so a list's pairs weigh less
+    than a lone pair."""
     chosen, rejected, weight = dpo.best_against_each([2, 4])
     assert chosen.tolist() == [0, 2, 2, 2] and rejected.tolist() == [1, 3, 4, 5]
     assert torch.allclose(weight, torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))

@@ -1,4 +1,5 @@
-"""common/generate.py: filters by hand, and generate() against transformers' and against a plain loop over full forwards."""
+"""common/generate.py: filters by hand, and generate() against transformers' and against a plain loop over full
+forwards."""
 import pytest
 import torch
 from oracles import KINDS, T, V, random_model, twin

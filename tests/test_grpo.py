@@ -1,4 +1,5 @@
-"""grpo.py: its formulas by hand, as plain loops and against TRL, and the whole loop against a problem whose answer is known."""
+"""grpo.py: its formulas by hand, as plain loops and against TRL, and the whole loop against a problem whose answer
+is known."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [9, 8, 7, 6], [2]]
 
 
 def test_gibbs(play):
-    """rloo ends at the optimum of reward and KL. (The gradient of k3, in the loss of the others, is not that of the KL.)"""
+    """rloo ends at the optimum of reward and KL. (The gradient of k3, in the loss of the others, is not that of the
+    KL.)"""
     models = toy_models()
     play(grpo, models, advantage="rloo", group_size=4, batch_size=32, max_steps=150)
     assert gibbs_error(models) <= 0.03
@@ -58,7 +60,8 @@ def plain_objective(actor, documents, rewards, cfg):
 def test_the_gradient_of_a_step_is_the_plain_loops(play, monkeypatch, changes):
     """Advantages from the answers of a group, the mean over tokens or over a constant length, flat groups out of it."""
     actor, *_ = models = toy_models(head_std=0.5)
-    cfg = dict(batch_size=5, group_size=3, grad_accum=2, ppo_epochs=1, minibatches=1, kl_coef=0.0, grad_clip=0.0, **changes)
+    cfg = dict(batch_size=5, group_size=3, grad_accum=2, ppo_epochs=1, minibatches=1, kl_coef=0.0, grad_clip=0.0,
+               **changes)
     rollouts = spy(monkeypatch, grpo, "rollout")
     before = Transformer(actor.config)
     before.load_state_dict(actor.state_dict())

@@ -1,5 +1,5 @@
-"""The plan of the house: which file may import which, how long a file may be. Read from the syntax trees, so that imports
-inside functions count."""
+"""The plan of the house: which file may import which, how long a file may be. Read from the syntax trees, so that
+imports inside functions count."""
 import ast
 import glob
 import os
@@ -54,8 +54,8 @@ def project_imports(name):
 
 
 def test_the_test_sees_imports():
-    text = "import os.path\nfrom common.data import pad\n\n\ndef f():\n    from recipes import poems\n    import model\n" \
-           "    return importlib.import_module('recipes.' + name)\n"
+    text = "import os.path\nfrom common.data import pad\n\n\n" \
+           "def f():\n    from recipes import poems\n    import model\n    return importlib.import_module('recipes.' + name)\n"
     assert imports_of(text) == {"os.path", "common.data", "common.data.pad", "recipes", "recipes.poems", "model"}
     assert {"common.data", "common.loss", "model"} <= project_imports("pretrain")
 
@@ -66,7 +66,8 @@ def test_a_newcomer_first_sees_eleven_files():
 
 @pytest.mark.parametrize("name", [*TOP, *ROOMS])
 def test_who_may_import_whom(name):
-    """No stage imports another, no room a stage, the model nothing of ours, and nothing here a tool, a test or a config."""
+    """No stage imports another, no room a stage, the model nothing of ours, and nothing here a tool, a test or a
+    config."""
     found = project_imports(name)
     assert not found & set(STAGES)
     assert name != "model" or not found

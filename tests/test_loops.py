@@ -1,4 +1,5 @@
-"""The loop of every stage: it stands in main(), clips as it says, resumes bit for bit, and 1 micro-step of 8 rows is 2 of 4."""
+"""The loop of every stage: it stands in main(), clips as it says, resumes bit for bit, and 1 micro-step of 8 rows
+is 2 of 4."""
 import ast
 import dataclasses
 import os
@@ -23,7 +24,8 @@ def test_the_whole_loop_stands_in_main(stage):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("clip", [0.01, 1e9, 0.0])
 def test_clipping_limits_the_norm_of_the_gradient(place, tmp_path, stage, clip):
-    """AdamW's first moment is a tenth of the gradient that it saw; the log has the norm before clipping; 0 is no limit."""
+    """AdamW's first moment is a tenth of the gradient that it saw; the log has the norm before clipping; 0 is no
+    limit."""
     one_update = dict(minibatches=1, ppo_epochs=1) if stage in ("ppo", "grpo") else {}
     checkpoint, log = run(settings(place[0], stage, str(tmp_path), max_steps=1, grad_clip=clip, **one_update))
     norm = log[-1]["norm"]

@@ -82,7 +82,8 @@ def test_merged_equals_unmerged():
     assert (unmerged - base).abs().max() > 1e-3
     assert (unmerged - merged).abs().max() <= 1e-5
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())  # not merged in place
-    changed = {name.split(".", 2)[-1] for name, tensor in plain.state_dict().items() if not torch.equal(tensor, weights[name])}
+    merged = plain.state_dict()
+    changed = {name.split(".", 2)[-1] for name in merged if not torch.equal(merged[name], weights[name])}
     assert changed == {"attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
 
 

@@ -1,4 +1,5 @@
-"""common/loss.py: each function equals the plain formula that its docstring begins with, by hand and by a plain loop."""
+"""common/loss.py: each function equals the plain formula that its docstring begins with, by hand and by a plain
+loop."""
 import math
 
 import numpy as np
@@ -36,7 +37,8 @@ def test_log_probs_by_hand():
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
     x = torch.ones(1, 2, 1)
     targets = torch.tensor([[1, 2]])
-    assert token_logps(x, weight, targets, torch.ones(1, 2))[0].tolist() == pytest.approx([math.log(2 / 8), math.log(5 / 8)])
+    logps = token_logps(x, weight, targets, torch.ones(1, 2))
+    assert logps[0].tolist() == pytest.approx([math.log(2 / 8), math.log(5 / 8)])
     squared = token_logps(x, weight, targets, torch.tensor([[0.0, 1.0]]), temperature=0.5)
     assert squared[0].tolist() == pytest.approx([0.0, math.log(25 / 30)])
 
@@ -52,7 +54,8 @@ def text(n=315):
 
 
 def test_bits_per_byte_by_hand():
-    """A model that knows nothing: ln V nats per token, so log2 V bits a token, over the bytes that a token stands for."""
+    """A model that knows nothing: ln V nats per token, so log2 V bits a token, over the bytes that a token stands
+    for."""
     model = small_model()
     torch.nn.init.zeros_(model.embed.weight)
     val = text()

@@ -14,7 +14,8 @@ from common.optim import POLAR_EXPRESS, Muon, make_adamw, make_optimizers, ortho
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**dict(optimizer="adamw", lr=1e-3, adam_lr=0.0, momentum=0.95, weight_decay=0.1), **changes})
+    defaults = dict(optimizer="adamw", lr=1e-3, adam_lr=0.0, momentum=0.95, weight_decay=0.1)
+    return SimpleNamespace(**{**defaults, **changes})
 
 
 def names(model, params):
@@ -89,7 +90,8 @@ def with_singular_values(values, rows, columns):
 @pytest.mark.parametrize("rows, columns", [(32, 32), (16, 64), (64, 16), (1, 8)])
 @pytest.mark.parametrize("condition, size", [(1, 1.0), (10, 1e-4), (100, 1e4)])
 def test_orthogonalize_against_an_svd(rows, columns, condition, size):
-    """orthogonalize(U S V') is about U V': singular values within 15 % of 1, whatever they were, and the directions kept."""
+    """orthogonalize(U S V') is about U V': singular values within 15 % of 1, whatever they were, and the directions
+    kept."""
     values = size * torch.logspace(0, -math.log10(condition), min(rows, columns))
     x, wanted = with_singular_values(values, rows, columns)
     got = orthogonalize(x[None])[0]
@@ -140,7 +142,8 @@ def test_muon_steps_by_hand():
 
 
 def test_muon_treats_every_matrix_as_if_alone():
-    """Also those of one shape, which are made orthogonal together, and those that lie in one parameter, as q, k and v."""
+    """Also those of one shape, which are made orthogonal together, and those that lie in one parameter, as q, k and
+    v."""
     shapes = [(8, 16), (16, 8), (8, 16), (8, 8), (8, 16)]
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     fused = torch.nn.Parameter(torch.cat([torch.randn(rows, 6) for rows in (8, 4, 4)]))

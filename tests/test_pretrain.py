@@ -1,4 +1,5 @@
-"""pretrain.py: which rows a step sees, that micro-steps are one batch, and a run that learns, saves and says what is wrong."""
+"""pretrain.py: which rows a step sees, that micro-steps are one batch, and a run that learns, saves and says what
+is wrong."""
 import dataclasses
 import math
 import os
@@ -89,8 +90,8 @@ def test_best_checkpoint_is_the_lowest_validation_loss(place, tmp_path, monkeypa
 def test_going_on_with_another_text(place, tmp_path):
     """--init_from: weights of a run, of which the shape comes too, and its tokenizer must be that of the text."""
     root, tok = place
-    cfg = pretrain.Config(init_from=f"{root}/base", data_dir=f"{root}/text", out_dir=f"{tmp_path}/run", lr=1e-30, min_lr=1e-30,
-                          max_steps=1, seq_len=32, batch_size=4, device="cpu", dtype="float32", compile=False)
+    cfg = pretrain.Config(init_from=f"{root}/base", data_dir=f"{root}/text", out_dir=f"{tmp_path}/run", lr=1e-30,
+                          min_lr=1e-30, max_steps=1, seq_len=32, batch_size=4, device="cpu", dtype="float32", compile=False)
     still, _ = run(cfg)
     base = load_checkpoint(f"{root}/base")
     assert_same(dict(still["model"]), dict(base["model"]), atol=1e-9)

@@ -45,8 +45,8 @@ def test_every_epoch_visits_every_answer_once():
 
 
 def test_every_answer_has_random_numbers_of_its_own():
-    """Row r of a call draws from seed + r: no two answers of a run may share a generator, and whose micro-step it is does
-    not matter."""
+    """Row r of a call draws from seed + r: no two answers of a run may share a generator, and whose micro-step it
+    is does not matter."""
     cfg = types.SimpleNamespace(seed=1, batch_size=3, grad_accum=4)
     idx = np.cumsum([0] + [len(p) for p in PROMPTS])
     split = Split(np.array(sum(PROMPTS, [])), None, idx, None, {})

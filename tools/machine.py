@@ -1,4 +1,5 @@
 """What a model costs and what a machine can do: parameters, FLOPs, data sheets of GPUs, peak memory."""
+import os
 import re
 
 import torch

@@ -34,6 +34,7 @@ class Script:
     def __init__(self, tok, *answers, max_seq_len=1000):
         self.tok, self.answers, self.prompts, self.settings = tok, list(answers), [], []
         self.config = types.SimpleNamespace(max_seq_len=max_seq_len)
+        self.trained_len = max_seq_len
 
     def generate(self, prompts, max_new_tokens, on_token=None, **settings):
         self.prompts += prompts

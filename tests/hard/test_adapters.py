@@ -9,8 +9,8 @@ from common.lora import add_lora
 
 
 def test_a_run_of_adapters_is_small_and_loads_over_its_base(place, tmp_path, monkeypatch):
-    """Its checkpoint has the adapters and their optimizer's state alone; the base is found from anywhere, a file as well
-    as a folder, and adapters over adapters."""
+    """Its checkpoint has the adapters and their optimizer's state alone; the base is found from anywhere, a file as
+    well as a folder, and adapters over adapters."""
     root, tok = place
     checkpoint, _ = run(settings(root, "sft", f"{tmp_path}/small", lora_rank=2, max_steps=3, lr=1e-2))
     assert checkpoint["model"] and all("lora_" in name for name in checkpoint["model"])
@@ -63,7 +63,8 @@ def test_adapters_learn_over_a_base_that_stays(place, tmp_path):
     assert checkpoint["lora"]["rank"] == 2 and all("lora_" in name for name in checkpoint["model"])
     merged, base = load_model(f"{tmp_path}/lora")[0].state_dict(), load_checkpoint(f"{root}/base")["model"]
     changed = {name.split(".", 2)[-1] for name in merged if not torch.equal(merged[name], base[name])}
-    assert changed == {"attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
+    # the first are rows of the embedding
+    assert changed == {"weight", "attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
 
 
 def test_a_is_drawn_as_kaiming_uniform():

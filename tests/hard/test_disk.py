@@ -17,6 +17,7 @@ from test_checkpoint import a_run, contents, other_tokenizer, refuses, save_run,
 
 import pretrain
 from common.checkpoint import load_checkpoint, load_model, load_reward_model, log, trim_log
+from configurator import changed
 
 
 class Evil:
@@ -121,7 +122,7 @@ def test_a_full_disk_costs_the_last_steps_only(place, tmp_path):
     cfg = settings(place[0], "pretrain", str(tmp_path), max_steps=2, eval_every=1)
     before, _ = run(cfg)
     longer = dataclasses.replace(cfg, max_steps=4)
-    arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(longer).items()]
+    arguments = [f"--{k}={v}" for k, v in changed(longer).items()]
     done = subprocess.run([sys.executable, "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=100, preexec_fn=small_disk)
     assert done.returncode == 1, done

@@ -1,4 +1,5 @@
-"""tools/evaluate.py and recipes/exams.py by hand: shares, tables, which of two sentences is likelier, exam questions."""
+"""tools/evaluate.py and recipes/exams.py by hand: shares, tables, which of two sentences is likelier, exam
+questions."""
 import itertools
 import json
 import math
@@ -102,7 +103,7 @@ def test_minimal_pairs(model, tok, tmp_path):
     one = minimal_pairs(model, tok, Config("pairs", input=str(tmp_path / "b.jsonl")), CPU)
     assert one["all pairs (chance 50%)"] == wanted[3:] and len(one) == 2
     (tmp_path / "b.jsonl").write_text('{"sentence_good": "春"}\n')
-    with pytest.raises(SystemExit, match="b.jsonl, line 1: no sentence_good or no sentence_bad"):
+    with pytest.raises(SystemExit, match="b.jsonl, record 1: no sentence_good or no sentence_bad"):
         minimal_pairs(model, tok, Config("pairs", input=str(tmp_path)), CPU)
 
 

@@ -33,7 +33,8 @@ def plain_moe(moe, x):
         scores = [torch.sigmoid(token @ moe.router.weight[e]) for e in range(len(moe.bias))]
         biased = [s.item() + moe.bias[e].item() for e, s in enumerate(scores)]
         best = sorted(range(len(scores)), key=lambda e: -biased[e])[:moe.k]
-        total = sum(scores[e] for e in best) if moe.k > 1 else 1.0  # one expert's weight is its score: w / w has no gradient
+        # one expert's weight is its score: of w / w the router would get no gradient
+        total = sum(scores[e] for e in best) if moe.k > 1 else 1.0
         y = torch.zeros_like(token)
         for e in best:
             gate, up = (token @ moe.gate_up[e]).chunk(2)

@@ -113,7 +113,8 @@ def test_open_data_of_another_kind_or_tokenizer(folder):
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_answers_that_cannot_be_ranked(place, tmp_path, stage):
-    """A prompt with one answer is refused, and so is a document that the model cannot see; no validation is no error."""
+    """A prompt with one answer is refused, and so is a document that the model cannot see; no validation is no
+    error."""
     root, tok = place
     two = [ranked_answers(tok, i, 2) for i in range(3)]
     write_pairs(f"{tmp_path}/one", tok, {"train": [two[0][:1], two[1]], "val": two})
@@ -122,14 +123,14 @@ def test_answers_that_cannot_be_ranked(place, tmp_path, stage):
     make_run(f"{tmp_path}/narrow", tok, max_seq_len=8)
     for changes, words in [(dict(data_dir=f"{tmp_path}/one"), "a prompt with 1 answers"),
                            (dict(data_dir=f"{tmp_path}/empty"), "has no prompts to train on"),
-                           (dict(init_from=f"{tmp_path}/narrow"), "(the model sees 8). Prepare it again with --max_length=8")]:
+                           (dict(init_from=f"{tmp_path}/narrow"), "(the model sees 8). Prepare it again")]:
         assert words in refused(settings(root, stage, f"{tmp_path}/x", **changes))
     _, log = run(settings(root, stage, f"{tmp_path}/x", data_dir=f"{tmp_path}/none", max_steps=2))
     assert len(log) == 2 and "val_loss" not in log[-1]
 
 
-@pytest.mark.parametrize("name, words", [("pairs", "holds data of kind pairs"), ("prompts", "holds data of kind prompts"),
-                                         ("short", "more tokens than 128"), ("nowhere", "no data in")])
+@pytest.mark.parametrize("name, words", [
+    ("pairs", "holds data of kind pairs"), ("prompts", "holds data of kind prompts"), ("short", "more tokens than 128"), ("nowhere", "no data in")])
 def test_rows_of_another_kind_are_not_mixed_in(place, tmp_path, name, words):
     """Ranked answers are no conversations to imitate: the rejected ones would be learned, too. Prompts have no targets.
     A text shorter than a piece has none either."""

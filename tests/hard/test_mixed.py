@@ -1,4 +1,5 @@
-"""Rows mixed in (PPO-ptx): text or conversations that a preference stage learns beside its answers, so as not to forget."""
+"""Rows mixed in (PPO-ptx): text or conversations that a preference stage learns beside its answers, so as not to
+forget."""
 import numpy as np
 import pytest
 from small_runs import conversation, flat_gradient, gradient, mean_nll, run, settings, spy
@@ -16,8 +17,8 @@ ONE_UPDATE = dict(ppo_epochs=1, minibatches=1)
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
 @pytest.mark.parametrize("kind", ["talks", "text"])
 def test_rows_mixed_in_add_their_loss(place, tmp_path, stage, kind):
-    """The gradient of an update = that without them + ptx_coef * that of the mean over their learned tokens, from a plain
-    loop over whole logits, document by document."""
+    """The gradient of an update = that without them + ptx_coef * that of the mean over their learned tokens, from a
+    plain loop over whole logits, document by document."""
     root, tok = place
     changes = dict(grad_clip=0.0, max_steps=1, **(ONE_UPDATE if stage != "dpo" else {}))
     without, _ = run(settings(root, stage, f"{tmp_path}/none", **changes))

@@ -12,6 +12,7 @@ from small_runs import MOE, assert_same, make_run, read_log, run, settings, writ
 
 from common.checkpoint import load_checkpoint
 from common.data import shuffled
+from configurator import changed
 from tokenizer import render_chat
 
 STEPS = 20
@@ -90,10 +91,12 @@ def together(root):
     return configs
 
 
-@pytest.mark.parametrize("processes, name", [*((2, name) for name in [*STAGES, *CASES]), *((4, name) for name in STAGES)])
+@pytest.mark.parametrize("processes, name", [
+    *((2, name) for name in [*STAGES, *CASES]), *((4, name) for name in STAGES)])
 def test_processes_compute_what_one_does(together, processes, name):
-    """Losses, norms, scores of every step, and the weights at the end. What a micro-step generates depends on (seed, step,
-    micro-step), not on who generates it; experts count the load of all processes; sums are not means of one rank's part."""
+    """Losses, norms, scores of every step, and the weights at the end. What a micro-step generates depends on
+    (seed, step, micro-step), not on who generates it; experts count the load of all processes; sums are not means
+    of one rank's part."""
     one, several = together(1)[name], together(processes)[name]
     records = read_log(one.out_dir)
     assert records[-1]["step"] == one.max_steps
@@ -116,8 +119,8 @@ def test_processes_compute_what_one_does(together, processes, name):
 
 
 def torchrun(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py", *words]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py"]
+    return subprocess.Popen([*command, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_an_error_under_torchrun_is_said_once(tmp_path):
@@ -137,7 +140,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(place, tmp_path, rank)
     """kill -9 of one of two processes: no other waits for it for ever, torchrun says which one it was, and what was
     saved before is whole."""
     cfg = settings(place[0], "pretrain", str(tmp_path / "two"), max_steps=1_000_000, eval_every=2)
-    done = torchrun(*(f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    done = torchrun(*(f"--{k}={v}" for k, v in changed(cfg).items()))
     for line in done.stdout:
         if line.startswith("step 5/"):
             break

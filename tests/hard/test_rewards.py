@@ -8,9 +8,9 @@ import ppo
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-@pytest.mark.parametrize("body, words", [("return None", "failed (TypeError"),
-                                         ("return float('nan')", "returned [nan], no finite number"),
-                                         ("return 'a'", "failed (ValueError"), ("return 1 / 0", "failed (ZeroDivision")])
+@pytest.mark.parametrize("body, words", [
+    ("return None", "failed (TypeError"), ("return float('nan')", "returned [nan], no finite number"),
+    ("return 'a'", "failed (ValueError"), ("return 1 / 0", "failed (ZeroDivision")])
 def test_a_reward_that_is_no_number_ends_the_run(place, tmp_path, capsys, stage, body, words):
     """It names the answer; nothing is learned from such a step, and nothing is lost."""
     rule = tmp_path / "rule.py"

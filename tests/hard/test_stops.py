@@ -1,4 +1,5 @@
-"""Runs that end early: signals, locks, crashes, numbers that are not finite. What they leave is whole, and they go on."""
+"""Runs that end early: signals, locks, crashes, numbers that are not finite. What they leave is whole, and they go
+on."""
 import dataclasses
 import math
 import os
@@ -52,8 +53,9 @@ def crash():
     ("sft", dict(optimizer="muon", adam_lr=5e-4, weight_decay=0.1)), ("grpo", dict(advantage="rloo"))])
 @pytest.mark.parametrize("how", ["SIGTERM", "crash"])
 def test_what_was_stopped_goes_on_to_the_same_end(place, tmp_path, monkeypatch, capsys, stage, changes, how):
-    """SIGTERM in the sixth step: it is finished (or, before an update, left) and saved. A crash there: saved was step 4;
-    what came after leaves the log. The same command then ends where the run ends that nobody stopped, to the last bit."""
+    """SIGTERM in the sixth step: it is finished (or, before an update, left) and saved. A crash there: saved was
+    step 4; what came after leaves the log. The same command then ends where the run ends that nobody stopped, to
+    the last bit."""
     whole = settings(place[0], stage, f"{tmp_path}/whole", **changes)
     a, log = run(whole)
     parts = dataclasses.replace(whole, out_dir=f"{tmp_path}/parts")
@@ -132,7 +134,7 @@ def test_two_runs_cannot_write_one_folder(tmp_path):
     cfg = pretrain.Config(out_dir=str(tmp_path / "run"))
     first = env_of()
     own(cfg, first)
-    with pytest.raises(SystemExit, match=f"another process is writing to {cfg.out_dir}. Wait for it, or choose another"):
+    with pytest.raises(SystemExit, match=f"another process is writing to {cfg.out_dir}. Wait for it, or choose "):
         own(cfg, env_of())
     own(cfg, env_of(1, 2))  # the other ranks of one run write nothing
     own(pretrain.Config(out_dir=str(tmp_path / "other")), env_of())
@@ -192,7 +194,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights(place, tm
 
 
 def test_a_learning_rate_far_too_large_ends_in_one_line(place, tmp_path):
-    message = refused(settings(place[0], "pretrain", str(tmp_path), lr=1e30, warmup_steps=0, max_steps=30, eval_every=1))
+    cfg = settings(place[0], "pretrain", str(tmp_path), lr=1e30, warmup_steps=0, max_steps=30, eval_every=1)
+    message = refused(cfg)
     assert f"{tmp_path}/ckpt.pt" in message and "--lr (now 1e+30)" in message
     assert all(w.isfinite().all() for w in load_checkpoint(str(tmp_path))["model"].values())
 
@@ -202,8 +205,8 @@ def test_a_learning_rate_far_too_large_ends_in_one_line(place, tmp_path):
     ("pretrain", dict(optimizer="muon"), "blocks.0.attn.qkv.weight"), ("sft", dict(optimizer="muon"), "norm.weight"),
     ("reward", {}, "trunk.norm.weight"), ("dpo", {}, "norm.weight")])
 def test_the_scaler_decides_once_for_all_optimizers(place, tmp_path, monkeypatch, stage, changes, spoilt):
-    """fp16: one infinite gradient anywhere, and no optimizer steps; half a step would tear the model in two. The scale is
-    halved, and the run goes on."""
+    """fp16: one infinite gradient anywhere, and no optimizer steps; half a step would tear the model in two. The
+    scale is halved, and the run goes on."""
     module = MODULES[stage]
     env = Env(0, 1, torch.device("cpu"), torch.float16)
     env.autocast = CPU.autocast  # the matmuls themselves stay in fp32

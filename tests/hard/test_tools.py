@@ -15,7 +15,7 @@ from oracles import C, V, random_model
 from small_runs import CPU, make_run, settings, write_folder
 
 from common.distributed import Env
-from configurator import load_config
+from configurator import changed, load_config
 from model import ModelConfig, Transformer
 from tools import bench, estimate, follow, plot
 from tools.bench import load_transformers, measure, ratios, run_ours, run_theirs, spread
@@ -57,8 +57,8 @@ LARGE = dict(dim=4096, n_heads=32, n_kv_heads=0, hidden_dim=11008)
 
 def test_estimate(place, tmp_path, capsys):
     """It prints the plan of a large model at once, and makes neither weights nor files."""
-    cfg = settings(place[0], "pretrain", f"{tmp_path}/run", **LARGE, n_layers=32, max_seq_len=4096, tie_embeddings=False,
-                   batch_size=2, grad_accum=8, max_steps=1000)
+    cfg = settings(place[0], "pretrain", f"{tmp_path}/run", **LARGE, n_layers=32, max_seq_len=4096,
+                   tie_embeddings=False, batch_size=2, grad_accum=8, max_steps=1000)
     estimate.main(cfg)
     out = capsys.readouterr().out
     vocab = place[1].vocab_size
@@ -76,9 +76,9 @@ def test_estimate(place, tmp_path, capsys):
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 def test_the_estimate_of_memory_is_what_a_run_takes(place, tmp_path, capsys, checkpoint_blocks):
     """Measured in a process of its own, started by a shell: Linux counts what its parent holds when it starts, too."""
-    cfg = settings(place[0], "pretrain", str(tmp_path), dim=64, n_layers=8, n_kv_heads=0, hidden_dim=192, max_seq_len=256,
-                   batch_size=32, grad_accum=1, max_steps=3, eval_every=9, checkpoint_blocks=checkpoint_blocks)
-    arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()]
+    cfg = settings(place[0], "pretrain", str(tmp_path), dim=64, n_layers=8, n_kv_heads=0, hidden_dim=192,
+                   max_seq_len=256, batch_size=32, grad_accum=1, max_steps=3, eval_every=9, checkpoint_blocks=checkpoint_blocks)
+    arguments = [f"--{k}={v}" for k, v in changed(cfg).items()]
     program = ("import resource, sys\nfrom configurator import load_config\nimport pretrain\n"
                "pretrain.main(load_config(pretrain.Config))\n"
                "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -314,7 +314,8 @@ def test_theirs_computes_the_same(changes):
 def test_without_transformers(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     model = Transformer(ModelConfig(**TINY))
-    assert load_transformers(model, bench.Config(vs="none")) is None and load_transformers(model, bench.Config()) is None
+    for vs in ("none", "transformers"):
+        assert load_transformers(model, bench.Config(vs=vs)) is None
     assert capsys.readouterr().out.count("pip install -r requirements-dev.txt") == 1
     for what in ("train", "generate"):
         bench.main(bench.Config(what=what, **FAST))

@@ -25,7 +25,8 @@ def test_loss_equals_trl():
         gather = types.SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
         trainer = types.SimpleNamespace(
             model=types.SimpleNamespace(training=True), accelerator=gather, _total_train_tokens=0,
-            args=types.SimpleNamespace(center_rewards_coefficient=centre), _metrics={"train": collections.defaultdict(list)})
+            args=types.SimpleNamespace(center_rewards_coefficient=centre),
+            _metrics={"train": collections.defaultdict(list)})
         inputs = {"attention_mask": torch.ones(12, 5)}
         model = lambda attention_mask, use_cache, **_: types.SimpleNamespace(logits=batch[:, None])  # noqa: E731
         return trl.RewardTrainer.compute_loss(trainer, model, inputs)

@@ -85,6 +85,13 @@ def test_choices_are_a_part_of_the_question(record):
     assert got == EXAM and not any(notes.ignored.values())
 
 
+def test_choices_are_not_left_out_by_fields():
+    record = {"Question": "月亮？", "A": "一", "B": "二", "C": "三", "Answer": "B"}
+    said = skipped(record, "sft", [("question", "Question"), ("answer", "Answer")])
+    fields = [tuple(item.split(":")) for item in re.search("--fields=([^ ]*)", said)[1].split(",")]
+    assert said.startswith("choices left out") and convert(record, "sft", fields)[0] == EXAM
+
+
 def test_the_number_of_a_choice_is_asked_about():
     assert "from 0 or from 1?" in skipped({"question": "月亮？", "choices": ["一", "二"], "answer": 1}, "sft")
 
