@@ -19,10 +19,10 @@ N among the M follows from their order by score.
 import math
 import random
 import time
+from math import comb
 
 from common.checkpoint import load_model, load_reward_model
 from configurator import check
-from math import comb
 from recipes.poems import load_heldout, poem_form, rhyme
 from recipes.poems_eval import answer_all, chat_prompt, logps_of, scores_of
 
@@ -41,18 +41,23 @@ def answers_of(model, tokenizer, poems, count, judge, cfg, env):
     began = time.perf_counter()
     prompts = []
     for poem in poems:
-        prompts += [chat_prompt(tokenizer, f"写一首{poem['form']}，题目是《{poem['title']}》。")] * count
+        question = f"写一首{poem['form']}，题目是《{poem['title']}》。"
+        prompts += [chat_prompt(tokenizer, question)] * count
     new = answer_all(model, tokenizer, prompts, cfg.temperature, cfg, env)
     documents = []
     for prompt, ids in zip(prompts, new):
-        documents.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
+        mask = [0] * len(prompt) + [1] * len(ids)
+        documents.append((prompt + ids, mask))
     scores = scores_of(judge, documents, tokenizer.pad_id, env)
     records = []
     for number, ids in enumerate(new):
         text = tokenizer.decode(ids, skip_special=True)
         form = poem_form(text) == poems[number // count]["form"]
-        rhymes = form and bool(rhyme(text))
-        records.append({"reward": scores[number], "form": form, "rhymes": rhymes, "text": text})
+        records.append({
+            "reward": scores[number],
+            "form": form,
+            "rhymes": form and bool(rhyme(text)),
+            "text": text})
     seconds = (time.perf_counter() - began) / len(poems)
     return [records[i:i + count] for i in range(0, len(records), count)], documents, seconds
 
@@ -63,7 +68,8 @@ def summarise(titles, n):
     for records in titles:
         weights = best_of_weights([record["reward"] for record in records], n)
         for name in sums:
-            sums[name].append(sum(w * record[name] for w, record in zip(weights, records)))
+            parts = [weight * record[name] for weight, record in zip(weights, records)]
+            sums[name].append(sum(parts))
     n_right = max(sum(sums["form"]), 1e-9)
     return {
         "reward": sum(sums["reward"]) / len(titles),

@@ -23,7 +23,7 @@ from common.data import pad
 from common.generate import generate
 from common.loss import answer_logps
 from configurator import check
-from recipes.sums import said, thinks
+from recipes.sums import said
 from tokenizer import render_chat
 
 AT = (1, 4, 16, 64)
@@ -54,8 +54,15 @@ def answer_all(model, tokenizer, prompts, temperature, group_size, cfg, env):
     for first in range(0, len(prompts), size):
         part = prompts[first:first + size]
         with env.autocast():
-            answers += generate(model, part, min(room, 128), temperature=temperature, stop_ids=stop_ids,
-                                pad_id=tokenizer.pad_id, seed=cfg.seed + first * group_size, group_size=group_size)
+            answers += generate(
+                model,
+                part,
+                min(room, 128),
+                temperature=temperature,
+                stop_ids=stop_ids,
+                pad_id=tokenizer.pad_id,
+                seed=cfg.seed + first * group_size,
+                group_size=group_size)
     return answers
 
 
@@ -66,12 +73,14 @@ def greedy_part(model, tokenizer, records, prompts, cfg, env):
     wrong = []
     for record, ids in zip(records, answers):
         text = tokenizer.decode(ids, skip_special=True)
-        result["greedy"].append(said(text) == record["answer"])
-        result["greedy_thinks"].append(bool(thinks(record["prompt"], text)))
-        if not result["greedy"][-1]:
+        right = said(text) == record["answer"]
+        result["greedy"].append(right)
+        result["greedy_thinks"].append("</think>" in text)
+        if not right:
             wrong.append(f"{record['prompt']} wrong:\n{text}")
     result["greedy_length"] = sum(map(len, answers)) / len(answers)
-    first = f"{records[0]['prompt']}\n{tokenizer.decode(answers[0], skip_special=True)}"
+    text = tokenizer.decode(answers[0], skip_special=True)
+    first = f"{records[0]['prompt']}\n{text}"
     result["examples"] = "\n\n".join([first, *wrong[:1]])
     return result
 
@@ -86,20 +95,27 @@ def sampled_part(model, tokenizer, records, prompts, cfg, env):
     documents = []
     for number, ids in enumerate(answers):
         record = records[number // N]
+        prompt = prompts[number // N]
         text = tokenizer.decode(ids, skip_special=True)
         right.append(said(text) == record["answer"])
-        thought.append(bool(thinks(record["prompt"], text)))
-        prompt = prompts[number // N]
-        documents.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
+        thought.append("</think>" in text)
+        mask = [0] * len(prompt) + [1] * len(ids)
+        documents.append((prompt + ids, mask))
+    # how many of its N answers are right, question by question
     counts = [sum(right[i:i + N]) for i in range(0, len(right), N)]
-    result = {f"pass@{k}": [pass_at(k, N, c) for c in counts] for k in AT if k <= N}
+    result = {}
+    for k in AT:
+        if k <= N:
+            result[f"pass@{k}"] = [pass_at(k, N, c) for c in counts]
     result["thinks"] = sum(thought) / len(thought)
     result["length"] = sum(map(len, answers)) / len(answers)
     # surprise at its own answers: 0 where it would always say the same
     nats = 0.0
     for first in range(0, len(documents), cfg.batch_size):
-        ids, mask = pad(documents[first:first + cfg.batch_size], tokenizer.pad_id, env.device)
-        nats -= answer_logps(model, model.head_weight, ids, mask, env)[0].sum().item()
+        part = documents[first:first + cfg.batch_size]
+        ids, mask = pad(part, tokenizer.pad_id, env.device)
+        logps, _ = answer_logps(model, model.head_weight, ids, mask, env)
+        nats -= logps.sum().item()
     result["entropy"] = nats / sum(map(len, answers))
     for name, kind in (("thinking_right", True), ("plain_right", False)):
         hits = [ok for ok, think in zip(right, thought) if think == kind]
@@ -114,7 +130,8 @@ def measure(model, tokenizer, cfg, env):
     for digits, records in read_tests(cfg.input).items():
         prompts = []
         for record in records:
-            ids, _ = render_chat(tokenizer, [{"role": "user", "content": record["prompt"]}], add_generation_prompt=True)
+            turns = [{"role": "user", "content": record["prompt"]}]
+            ids, _ = render_chat(tokenizer, turns, add_generation_prompt=True)
             prompts.append(ids)
         part = greedy_part(model, tokenizer, records, prompts, cfg, env)
         few = cfg.n_sums

@@ -27,7 +27,10 @@ def talker(place):
     model, _, _ = load_model(f"{root}/base")
     with torch.no_grad():
         model.embed.weight[tok.im_end_id] *= 100  # tied: a likely next token, or a very unlikely one
-    prompts = [render_chat(tok, [{"role": "user", "content": "春" * n}], add_generation_prompt=True)[0] for n in (1, 4, 2)]
+    prompts = []
+    for length in (1, 4, 2):
+        turns = [{"role": "user", "content": "春" * length}]
+        prompts.append(render_chat(tok, turns, add_generation_prompt=True)[0])
     return model, tok, prompts
 
 
