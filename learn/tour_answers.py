@@ -115,7 +115,7 @@ def pair(line):
     print(" " * 34 + "log p 策略  log p 参考      差")
     for name, text, a, b in zip(("好", "坏"), texts, logps.tolist(), ref_logps.tolist()):
         print(f"  {name} {draw.fill(text.replace(chr(10), ''), 28)}{a:11.2f}{b:12.2f}{a - b:+10.2f}")
-    cfg = dpo.Config()
+    cfg = dpo.Config(beta=0.1)
     losses, good, bad = dpo.preference_loss(
         logps[:1], logps[1:], ref_logps[:1], ref_logps[1:], lengths[:1], lengths[1:], cfg)
     print(f"\n间隔 = β × (好的差 - 坏的差) = {cfg.beta} × {(good - bad).item() / cfg.beta:.2f} = {(good - bad).item():.3f}")

@@ -54,7 +54,7 @@ def test_a_function_of_prompts_and_answers_is_called_once(tmp_path, capsys, body
     rule = tmp_path / "rule.py"
     rule.write_text(f"calls = []\n\n\ndef good(prompts, answers):\n    calls.append(prompts)\n    assert len(calls) == 1\n"
                     f"    return {body}\n")
-    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special: "春" * len(ids), im_end_id=-1, eot_id=-2)
+    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special=False: "春" * len(ids), im_end_id=-1, eot_id=-2)
     result = function_scorer(f"{rule}:good", tokenizer, CPU)([([1, 2], [0, 1]), ([1, 2, 3], [0, 1, 1])])
     if scores:
         assert result.tolist() == scores

@@ -57,6 +57,7 @@ def write_uneven(folder, tok):
 @pytest.fixture(scope="module")
 def root(place):
     root, tok = place
+    shutil.rmtree(f"{root}/uneven", ignore_errors=True)  # this fixture may be made twice
     write_uneven(f"{root}/uneven", tok)
     make_run(f"{root}/experts", tok, **MOE)
     make_run(f"{root}/untied", tok, tie_embeddings=False)
