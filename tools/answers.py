@@ -6,10 +6,9 @@ import json
 import re
 import uuid
 
+from readers.calls import ARGUMENTS
 from tokenizer import StreamDecoder
 from tools.engine import Token
-
-ARGUMENTS = ("arguments", "parameters", "args", "input")  # what models call the arguments of a call
 
 
 def tail(text, words):

@@ -6,7 +6,7 @@ text that prepare.py makes of the same in a data set (readers/calls.py).
 """
 
 # Values as JSON, written as json.dumps(…, ensure_ascii=False) does. Each program has a filter tojson of its own, and
-# they differ: in spaces, in the order of keys, in how Chinese is spelled.
+# they differ: in spaces, in the order of keys, in how Chinese is spelled. Fields that are null are left out.
 JSON = (
     r"{%- macro json(value) -%}"
     r"{%- if value is string -%}"
@@ -14,7 +14,7 @@ JSON = (
     r" | replace('\t', '\\t') + '\"' -}}"
     r"{%- elif value is mapping -%}"
     r"{{- '{' -}}"
-    r"{%- for key, item in value.items() -%}"
+    r"{%- for key, item in value.items() if item is not none -%}"
     r"{%- if not loop.first -%}{{- ', ' -}}{%- endif -%}{{- json(key) + ': ' + json(item) -}}"
     r"{%- endfor -%}"
     r"{{- '}' -}}"

@@ -151,8 +151,8 @@ def prefixed(text, place):
 @pytest.fixture(scope="module")
 def ranked(text, place):
     """A plain rank file that cuts text as Qwen does."""
-    write_family("qwen2", place / "ranked", text)
-    tok = load_tokenizer(place / "ranked")
+    write_family("qwen2", place / "ranked-family", text)
+    tok = load_tokenizer(place / "ranked-family")
     (place / "ranks").write_bytes(tok.raw)
     return load_tokenizer(place / "ranks")
 
