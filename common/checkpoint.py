@@ -39,6 +39,7 @@ def own(cfg, env, base=""):
     folder = base if os.path.isdir(base) else os.path.dirname(base)
     check(not base or os.path.realpath(folder) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run "
           "that this one starts from, and would be overwritten. Choose another --out_dir")
+    check(cfg.min_lr <= cfg.lr, f"min_lr={cfg.min_lr} exceeds lr={cfg.lr}: the rate would rise to it. Give both")
     if not env.is_main:
         return
     if cfg.warmup_steps > cfg.max_steps:

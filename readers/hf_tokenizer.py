@@ -235,8 +235,8 @@ def as_ranks(theirs, rules):
     for pair in model["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         merged.append(ranks.get(left + right, -1))
-    rising = merged == sorted(merged) and -1 not in merged
     letters = byte_letters()
+    rising = merged and merged == sorted(merged) and -1 not in merged
     taken = {*ranks.values(), *(token["id"] for token in added)}
     no_gaps = taken == set(range(len(taken)))
     if not rising or not no_gaps or not ranks.keys() >= set(letters.values()):

@@ -47,7 +47,7 @@ def test_an_untrained_model_is_at_log_v(capsys):
     """What the stop about the loss lets a reader predict."""
     tour.main(tour.Config("loss"))
     said = capsys.readouterr().out
-    guess = float(said.split("ln ")[1].split("= ")[1].split()[0])
+    guess = float(said.split("= ln ")[1].split("= ")[1].split()[0])
     measured = float(said.split("平均：没学过 ")[1].split("，")[0])
     assert abs(guess - measured) < 0.3
 

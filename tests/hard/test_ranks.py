@@ -1,6 +1,7 @@
 """Several processes compute what one does: every stage, and what is particular about each. And how torchrun ends."""
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
