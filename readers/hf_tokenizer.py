@@ -236,7 +236,7 @@ def as_ranks(theirs, rules):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         merged.append(ranks.get(left + right, -1))
     letters = byte_letters()
-    rising = merged and merged == sorted(merged) and -1 not in merged
+    rising = merged == sorted(merged) and -1 not in merged
     taken = {*ranks.values(), *(token["id"] for token in added)}
     no_gaps = taken == set(range(len(taken)))
     if not rising or not no_gaps or not ranks.keys() >= set(letters.values()):

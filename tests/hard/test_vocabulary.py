@@ -254,7 +254,7 @@ def test_the_rule_stays_with_the_vocabulary(lines, tmp_path):
 
 
 @pytest.mark.parametrize("place, change", [
-    ("model", {"dropout": 0.1}), ("model", {"merges": []}), ("normalizer", {"type": "Lowercase"}),
+    ("model", {"dropout": 0.1}), ("normalizer", {"type": "Lowercase"}),
     ("pre_tokenizer", {"add_prefix_space": True}), ("added", {"lstrip": True})])
 def test_what_is_no_rank_file_goes_through_the_library(place, change, lines, tmp_path):
     write_family("minimind", tmp_path, lines)
