@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # RL that one can see: a model of 0.9 M parameters reads sums, is shown a few that are worked line by line, and finds out
 # by GRPO that thinking pays. Run again after an interruption, and it goes on.
-#   bash runs/sums.sh                 about 8 minutes on 2 CPU cores;  bash runs/sums.sh 2: another seed, out/sums-*-2
+#   bash runs/sums.sh                 not timed to its end yet;  bash runs/sums.sh 2: another seed, out/sums-*-2
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 trap 'exit 130' INT
