@@ -7,6 +7,7 @@ import torch
 from oracles import random_model
 from small_runs import CPU
 
+from common.checkpoint import own
 from common.optim import POLAR_EXPRESS, Muon, make_adamw, make_optimizers, orthogonalize, set_lr
 
 
@@ -173,3 +174,10 @@ def test_muon_knows_which_matrices_lie_in_one_parameter():
             found[name.removeprefix("blocks.1.")] = list(group["parts"])
     assert found["attn.qkv.weight"] == [32, 8, 8] and found["ffn.gate_up.weight"] == [80, 80]
     assert found["attn.out.weight"] == [32] and found["ffn.down.weight"] == [32]
+
+
+def test_a_rate_that_would_rise_is_refused(tmp_path):
+    """min_lr above lr: the schedule would end higher than its peak."""
+    cfg = SimpleNamespace(lr=1e-5, min_lr=1e-4, out_dir=str(tmp_path), warmup_steps=0, max_steps=10)
+    with pytest.raises(SystemExit, match="min_lr=0.0001 exceeds lr=1e-05"):
+        own(cfg, SimpleNamespace(is_main=False))
