@@ -246,7 +246,6 @@ def main(cfg):
         batch["logps"] = all_logps(model, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
         record = summary(batch, env)
-        scored = time.perf_counter()
 
         # (3) advantages: an answer is as good as its lead over the other answers to its prompt
         # an answer that was cut is worth less than its score, or the model would learn never to end
@@ -331,8 +330,8 @@ def main(cfg):
         # one line in the log: what the answers were like, what was learned, where the time went
         totals = all_sum(list(stats.values()), env)
         record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
-        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
-        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
+        generate_share = (generated - began) / seconds
+        record.update(first_ratio_error=first_ratio_error, lr=lr, generate_share=generate_share, seconds=seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward being fooled: read the answers

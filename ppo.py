@@ -32,8 +32,9 @@ from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
-from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, summary
-from common.rollout import k3, make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout, step_prompts
+from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3
+from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout
+from common.rollout import step_prompts, summary
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
@@ -250,7 +251,6 @@ def main(cfg):
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
         batch["values"] = all_values(critic, batch, cfg, env)                      # (B, T)
         record = summary(batch, env)
-        scored = time.perf_counter()
 
         # (4) a reward for each token: the KL penalty everywhere, the score at the end
         # an answer that was cut is worth less than its score, or the model would learn never to end
@@ -305,7 +305,7 @@ def main(cfg):
                 critic_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
                 (critic_loss * weight).backward()
 
-                # what to watch: how many ratios were clipped, and how far this step's updates have moved the actor
+                # what to watch: ratios that were clipped, and how far this step's updates have moved the actor
                 off = (ratio.detach() - 1).abs() * b["mask"]
                 stats["policy_loss"] += actor_loss.item() * weight
                 stats["value_loss"] += critic_loss.item() * weight
@@ -331,8 +331,8 @@ def main(cfg):
         # one line in the log: what the answers were like, what was learned, where the time went
         totals = all_sum(list(stats.values()), env)
         record.update({name: total / env.world / (update + 1) for name, total in zip(stats, totals)})
-        record.update(first_ratio_error=first_ratio_error, lr=lr, seconds=seconds)
-        record.update(generate_share=(generated - began) / seconds, score_share=(scored - generated) / seconds)
+        generate_share = (generated - began) / seconds
+        record.update(first_ratio_error=first_ratio_error, lr=lr, generate_share=generate_share, seconds=seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
             # a score that rises while val_kl runs away is the reward model being fooled: read the answers

@@ -1,5 +1,5 @@
 """
-What evaluate.py measures by likelihood: minimal pairs, and the exams C-Eval and CMMLU (four answers to a question, one
+What tools/evaluate.py measures by likelihood: minimal pairs, and the exams C-Eval and CMMLU (four answers to a question, one
 right), whose questions are asked as lm-eval (version 0.4) asks them.
 
     minimal_pairs(model, tokenizer, cfg, env)     {measure: hits and misses} of cfg.input

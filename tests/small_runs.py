@@ -215,7 +215,7 @@ def assert_same(a, b, atol=0.0, path=""):
         assert a == b, f"{path}: {a} and {b}"
 
 
-TIMES = ("tok/s", "seconds", "generate_share", "score_share")
+TIMES = ("tok/s", "seconds", "generate_share")
 
 
 def read_log(out_dir):
