@@ -128,6 +128,31 @@ def model_config(cfg, vocab_size):
     return ModelConfig(64 * math.ceil(vocab_size / 64), **shape)
 
 
+def make_model(cfg, tokenizer, env):
+    """Return a model in the shape that cfg describes, with random weights; with cfg.init_from that run's, as it is."""
+    base = None
+    if cfg.init_from:
+        base = load_checkpoint(cfg.init_from)
+        check(base["fingerprint"] == tokenizer.fingerprint and not base.get("lora"), f"{cfg.init_from} has another "
+              f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
+              "merge adapters with python -m tools.export --to=merged")
+        shape = base["model_config"]
+        other = {key: value for key, value in changed(cfg).items() if shape.get(key, value) != value}
+        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
+        config = ModelConfig(**shape)
+    else:
+        config = model_config(cfg, tokenizer.vocab_size)
+    # on the meta device a model takes no memory: its weights come from a file, or from shard_model()
+    without_memory = base or cfg.shard and env.world > 1
+    with torch.device("meta" if without_memory else "cpu"):
+        model = Transformer(config)
+    model.trained_len = 0  # tokens of the longest row it has learned from
+    if base:
+        model.load_state_dict(base["model"], strict=True, assign=True)
+        model.trained_len = base.get("trained_len") or config.max_seq_len
+    return model
+
+
 @torch.no_grad()
 def print_sample(model, tokenizer, cfg, env):
     """Print a continuation of sample_start, made in the plainest way: for every new token all tokens so far go through
@@ -159,32 +184,14 @@ def main(cfg):
           "the tokens beside it were made with. Prepare the folder again")
 
     # ------------------------------------------------------------------------ model
-    if cfg.init_from:
-        # go on with a trained model, in its own shape
-        base = load_checkpoint(cfg.init_from)
-        check(base["fingerprint"] == tokenizer.fingerprint and not base.get("lora"), f"{cfg.init_from} has another "
-              f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
-              "merge adapters with python -m tools.export --to=merged")
-        config = ModelConfig(**base["model_config"])
-        other = {key: value for key, value in changed(cfg).items() if base["model_config"].get(key, value) != value}
-        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
-    else:
-        config = model_config(cfg, tokenizer.vocab_size)
-    # on the meta device a model takes no memory: its weights come from a file, or from shard_model()
-    meta = cfg.init_from or cfg.shard and env.world > 1
-    with torch.device("meta" if meta else "cpu"):
-        model = Transformer(config)
-    trained_len = 0
-    if cfg.init_from:
-        model.load_state_dict(base["model"], strict=True, assign=True)
-        trained_len = base.get("trained_len") or config.max_seq_len
-        del base
+    model = make_model(cfg, tokenizer, env)
+    config = model.config
     cfg.seq_len = cfg.seq_len or config.max_seq_len
     check(cfg.seq_len <= config.max_seq_len, f"seq_len={cfg.seq_len} is more than the model can see, max_seq_len="
           f"{config.max_seq_len}. Lower the first or raise the second")
     check(len(train.tokens) > cfg.seq_len, f"{cfg.data_dir} has {len(train.tokens):,} training tokens, fewer than one "
           f"row of seq_len={cfg.seq_len}. Add text, or lower --seq_len")
-    model.trained_len = max(trained_len, cfg.seq_len)
+    model.trained_len = max(model.trained_len, cfg.seq_len)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     compiled = cfg.compile and can_compile(env)
     if compiled:
