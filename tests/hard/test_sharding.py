@@ -129,7 +129,8 @@ def test_one_file_of_shards(runs, tmp_path):
     cfg = runs("shards", HALF, shard=True)["muon"]
     longer = dataclasses.replace(cfg, max_steps=HALF + 1)
     merged = str(tmp_path / "merged")
-    begun = dataclasses.replace(cfg, max_steps=1, init_from=merged, out_dir=str(tmp_path / "begun"), lr=1e-9)
+    begun = dataclasses.replace(cfg, max_steps=1, init_from=merged, out_dir=str(tmp_path / "begun"), lr=1e-9,
+                                min_lr=0.0)
     orphan = f"{cfg.out_dir}/ckpt-4/left_by_a_kill"  # before ckpt.pt names its folder
     out = in_ranks(2, [*stages({"": cfg}), ("make", orphan), *stages({"": longer}),
                        ("merge", dict(run=cfg.out_dir, out=merged)), *stages({"": begun})], tmp_path / "jobs.json")
