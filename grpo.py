@@ -31,15 +31,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
-from common.checkpoint import log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import WithoutAdapters, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
-from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rollout, score_scale, step_prompts
+from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rollout, score_scale, step_prompts
 from common.rollout import summary, teacher_scorer
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
@@ -163,6 +162,16 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
     return (loss * weights).sum(), ratio
 
 
+def make_reference(model, tokenizer, cfg, env):
+    """Return what the policy is measured from: the teacher; the policy without its adapters; or a copy of it."""
+    if cfg.lora_rank and not cfg.teacher:
+        return WithoutAdapters(model)  # one model in memory is both
+    reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+    check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+          f"{cfg.init_from}: their probabilities cannot be compared")
+    return reference.requires_grad_(False)
+
+
 def main(cfg):
     # ------------------------------------------------------------------------ start
     # one process per GPU, each with its share of a step's micro-steps
@@ -179,23 +188,11 @@ def main(cfg):
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was. The experts' bias stays
     model, tokenizer, base = load_model(cfg.init_from, env.device)
-    if cfg.teacher or not cfg.lora_rank:
-        reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
-        reference.requires_grad_(False)
-        check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
-              f"{cfg.init_from}: their probabilities cannot be compared")
     if cfg.lora_rank:
         start_lora(model, cfg, base["model"], tokenizer)
-        if not cfg.teacher:
-            reference = WithoutAdapters(model)
     del base
-    if cfg.reward:
-        scorer = function_scorer(cfg.reward, tokenizer, env)
-    elif cfg.teacher:
-        scorer = teacher_scorer(reference, tokenizer.pad_id, env)
-    else:
-        reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
-        scorer = model_scorer(reward_model, tokenizer.pad_id, env)
+    reference = make_reference(model, tokenizer, cfg, env)
+    scorer = teacher_scorer(reference, tokenizer.pad_id, env) if cfg.teacher else make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     environment = load_function(cfg.environment) if cfg.environment else None
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all

@@ -33,8 +33,8 @@ from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3
-from common.rollout import make_batch, minibatch_rows, model_scorer, must_stop, rescale_critic, rollout
-from common.rollout import step_prompts, summary
+from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rescale_critic, rollout, step_prompts
+from common.rollout import summary
 from configurator import Count, NonNegative, Positive, Share, Whole, check, run
 
 STAGE = "ppo"
@@ -187,11 +187,7 @@ def main(cfg):
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     # a reward model's weights already know what raises a score
     critic = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
-    if cfg.reward:
-        scorer = function_scorer(cfg.reward, tokenizer, env)
-    else:
-        reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
-        scorer = model_scorer(reward_model, tokenizer.pad_id, env)
+    scorer = make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     # the nets are the models, plus the exchange of gradients: with several processes, each gets the mean of all
     nets = [actor, critic]

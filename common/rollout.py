@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import torch
 
+from common.checkpoint import load_reward_model
 from common.data import pad, shift, shuffled
 from common.distributed import all_sum
 from common.generate import generate
@@ -174,6 +175,14 @@ def function_scorer(spec, tokenizer, env):
         return torch.tensor(scores, dtype=torch.float32, device=env.device)
 
     return scorer
+
+
+def make_scorer(cfg, tokenizer, env):
+    """Return the scorer that cfg names: the rule cfg.reward, or the reward model cfg.reward_from."""
+    if cfg.reward:
+        return function_scorer(cfg.reward, tokenizer, env)
+    reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
+    return model_scorer(reward_model, tokenizer.pad_id, env)
 
 
 def model_scorer(reward_model, pad_id, env):

@@ -276,8 +276,8 @@ def play(monkeypatch, tmp_path, place):
         words.eot_id = stop - 1
         words.pad_id = 0
         monkeypatch.setattr(stage, "load_model", lambda *_: (next(loaded), words, {}))
-        monkeypatch.setattr(stage, "load_reward_model", lambda *_: critic)
-        monkeypatch.setattr(stage, "function_scorer", lambda *_: scorer)
+        monkeypatch.setattr(stage, "load_reward_model", lambda *_: critic, raising=False)
+        monkeypatch.setattr(stage, "make_scorer", lambda *_: scorer)
         monkeypatch.setattr(stage, "open_data", lambda *_, **__: (train, val, {}))
         in_turn = lambda n, first, count, seed: np.arange(first, first + count) % n  # noqa: E731
         monkeypatch.setattr(common.rollout, "shuffled", in_turn)
