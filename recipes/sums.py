@@ -1,35 +1,31 @@
 """
-Sums, a task in which thinking pays: data for every stage, and the rewards that check the answers.
+Sums, a task in which thinking pays, or a tool: data for every stage, the rewards that check the answers, a calculator.
 
     python -m recipes.sums                                  # data/raw/sums: text, conversations, prompts, tests
-    python -m recipes.sums --worked=200 --out_dir=data/raw/sums-200
     python grpo.py config/sums_grpo.py --reward=recipes/sums.py:right --watch=recipes/sums.py:thinks
+    python grpo.py config/sums_grpo.py --reward=recipes/sums.py:priced --environment=recipes/sums.py:calculator --turns=2
 
-out: <out_dir>/tokenizer.model, text.jsonl (pretraining), sft.jsonl, prompts.jsonl (RL), dev.jsonl, test.jsonl
+out: <out_dir>/tokenizer.model, text.jsonl (pretraining); sft.jsonl, prompts.jsonl, dev.jsonl, test.jsonl (thinking);
+     tools-sft.jsonl, tools-prompts.jsonl, tools-test.jsonl (the calculator; numbers of one digit and more)
 
-A thought takes one column a line from the right: what is left of both numbers, a 1 where one is carried (or borrowed),
-and the digits that are done. Each line follows from the one before it by the same rule, however long the numbers are:
+A thought goes through the columns from the right, as on squared paper, and so needs no number it cannot look up:
 
-    713+586=?  →  71+58:9          3+6 = 9
-                  7+5:99           1+8 = 9
-                  0+0+1:299        7+5 = 12, carry 1
-                  0+0:1299         what was carried
+    713+586=?  →  3+6=9
+                  1+8=9
+                  7+5=12           with a carry from the column before: 7+5+1=13
                   1299             said after </think>
 
-Walks (--walks=0.2) are lines of the text that practise reading longer numbers, and add nothing: 47&25=?  4&2:75
-0&0:4275  4275.
-
-No training file holds a pair of numbers that stands in dev.jsonl or test.jsonl, in either order, nor any number of more
-than `digits` digits to add or subtract. Settings were chosen on dev.jsonl alone.
+No training file holds a pair of numbers that stands in a test, in either order (but of one digit, of which there are too
+few), nor any number of more than `digits` digits. Settings were chosen on dev.jsonl alone.
 """
 import json
 import os
 import random
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from configurator import Count, Share, Whole, check, run
+from readers.calls import call_tools
 from tokenizer import train_tokenizer
 
 
@@ -37,17 +33,16 @@ from tokenizer import train_tokenizer
 class Config:
     out_dir: str = "data/raw/sums"
     digits: Count = 4              # of the longest numbers
-    thought: Literal["steps", "columns"] = "steps"  # columns: only the sum of each column, 3+6=9
     # pretraining text
     documents: Count = 20_000      # of ten sums each
     worked_text: Share = 0.25      # of the sums are worked line by line; the others just say the result
-    walks: Share = 0.0             # of the lines walk through two numbers of up to `digits` + 2 digits, and add nothing
     # instruction data
     worked: Whole = 400            # conversations that think first
     plain: Whole = 600             # conversations that say the result at once
+    calls: Whole = 300             # conversations that ask the calculator, of 1,000 in tools-sft.jsonl
     # RL and tests
     prompts: Count = 10_000
-    tests: Count = 500             # questions of `digits` digits in each of dev and test, and as many of one digit more
+    tests: Count = 500             # of each number of digits in dev, test and tools-test
     seed: Whole = 1
 
 
@@ -61,69 +56,31 @@ def result(a, op, b):
     return a + b if op == "+" else a - b
 
 
-def steps(a, op, b):
-    """Lines of a thought, by one rule: take the last column off, write its digit in front of those that are done."""
-    lines = []
-    carry = 0
-    done = ""
-    while a or b or carry:
-        if op == "+":
-            carry, digit = divmod(a % 10 + b % 10 + carry, 10)
-        else:
-            column = a % 10 - b % 10 - carry
-            carry = int(column < 0)
-            digit = column % 10
-        a //= 10
-        b //= 10
-        done = str(digit) + done
-        carried = f"{op}1" if carry else ""
-        lines.append(f"{a}{op}{b}{carried}:{done}")
-    return lines
-
-
 def columns(a, op, b):
-    """Lines of a thought as on squared paper: each column alone, 7+5=12, the next one with the 1 that is carried."""
+    """Return the lines of a thought: each column alone, the next one with the 1 that is carried or borrowed."""
     lines = []
     carry = 0
     while a or b:
         x = a % 10
         y = b % 10
         carried = f"{op}1" if carry else ""
-        value = result(x, op, y + carry) if op == "-" else x + y + carry
-        if op == "-":
-            carry = int(value < 0)
-            value %= 10
-        else:
-            carry = value // 10
-        lines.append(f"{x}{op}{y}{carried}={value}")
+        value = result(x, op, y) + result(0, op, carry)  # -10 to 19
+        lines.append(f"{x}{op}{y}{carried}={value if op == '+' else value % 10}")
+        carry = int(not 0 <= value <= 9)
         a //= 10
         b //= 10
     return lines
 
 
-def walk(a, b):
-    """The lines of steps() with & for an operator, which adds nothing: 47&25=?  4&2:75  0&0:4275  4275."""
-    lines = [f"{a}&{b}=?"]
-    done = ""
-    while a or b:
-        done = f"{a % 10}{b % 10}{done}"
-        a //= 10
-        b //= 10
-        lines.append(f"{a}&{b}:{done}")
-    return "\n".join([*lines, done])
-
-
-THOUGHTS = {"steps": steps, "columns": columns}
-
-
-# ---------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------- rewards, and a tool
 
 
 def said(answer):
-    """The number behind the thinking, as it is written; None where there is none, or a thought without an end."""
-    if "<think>" in answer and "</think>" not in answer:
+    """The number behind thoughts and calls, as it is written; None where there is none, or a thought without an end."""
+    last_turn = answer.rsplit("assistant\n", 1)[-1]
+    if "<think>" in last_turn and "</think>" not in last_turn:
         return None
-    words = answer.rsplit("</think>", 1)[-1].strip()
+    words = last_turn.rsplit("</think>", 1)[-1].strip()
     return words if re.fullmatch(r"[0-9]+", words) else None
 
 
@@ -139,6 +96,44 @@ def right(prompt, answer):
 def thinks(prompt, answer):
     """1 where an answer thinks first: to follow, not to train on."""
     return float("</think>" in answer)
+
+
+def calls(prompt, answer):
+    """How often an answer asks the calculator: to follow, not to train on."""
+    return float(answer.count("<tool_call>"))
+
+
+def priced(prompt, answer):
+    """right(), less 0.2 for each call."""
+    return right(prompt, answer) - 0.2 * calls(prompt, answer)
+
+
+def call(expression):
+    """A call of the calculator as the model writes it."""
+    return call_tools([{"name": "calculator", "arguments": {"expression": expression}}])
+
+
+def called(text):
+    """The expression that a turn asks the calculator for; "" where the call is none it understands, None without one."""
+    if "<tool_call>" not in text:
+        return None
+    found = re.search(r"<tool_call>\n(.*)\n</tool_call>", text)
+    try:
+        return str(json.loads(found[1])["arguments"]["expression"])
+    except (TypeError, ValueError, KeyError):
+        return ""
+
+
+def calculator(text):
+    """The environment of grpo.py --environment: a turn -> what the tool replies, None where the turn calls none."""
+    expression = called(text)
+    if expression is None:
+        return None
+    numbers = QUESTION.fullmatch(expression + "=")
+    if not numbers:
+        return "error"
+    a, op, b = numbers.groups()
+    return str(result(int(a), op, int(b)))
 
 
 # ---------------------------------------------------------------------------- files
@@ -164,14 +159,19 @@ def pair(a, op, b):
     return min(a, b), max(a, b)
 
 
-def chat(a, op, b, cfg, think):
-    answer = str(result(a, op, b))
-    if think:
-        thought = "\n".join(THOUGHTS[cfg.thought](a, op, b))
-        answer = f"<think>\n{thought}\n</think>\n{answer}"
-    return {"messages": [
-        {"role": "user", "content": f"{a}{op}{b}=?"},
-        {"role": "assistant", "content": answer}]}
+def chat(a, op, b, how):
+    """A conversation: the answer is said at once ("plain"), or after a thought ("think"), or after a call ("call")."""
+    question = {"role": "user", "content": f"{a}{op}{b}=?"}
+    number = str(result(a, op, b))
+    if how == "call":
+        asks = {"role": "assistant", "content": call(f"{a}{op}{b}")}
+        return {"messages": [question, asks, {"role": "tool", "content": number},
+                             {"role": "assistant", "content": number}]}
+    thought = ""
+    if how == "think":
+        lines = "\n".join(columns(a, op, b))
+        thought = f"<think>\n{lines}\n</think>\n"
+    return {"messages": [question, {"role": "assistant", "content": thought + number}]}
 
 
 def text_line(rng, sums, cfg):
@@ -179,13 +179,10 @@ def text_line(rng, sums, cfg):
     if rng.random() < 0.1:
         x, y, carry = rng.randrange(10), rng.randrange(10), rng.randrange(2)
         return f"{x}+{y}+{carry}={x + y + carry}"
-    if rng.random() < cfg.walks:
-        a, _, b = draw(rng, cfg.digits + 2)
-        return walk(a, b)
     a, op, b = next(sums)
     if rng.random() < cfg.worked_text:
         # without the tags of a chat: those are left to the conversations
-        thought = "\n".join(THOUGHTS[cfg.thought](a, op, b))
+        thought = "\n".join(columns(a, op, b))
         return f"{a}{op}{b}=?\n{thought}\n{result(a, op, b)}"
     return f"{a}{op}{b}={result(a, op, b)}"
 
@@ -206,35 +203,45 @@ def write(cfg, name, records):
 
 def main(cfg):
     check(2 <= cfg.digits <= 8, f"digits={cfg.digits}: wanted 2 to 8")
+    check(cfg.calls <= 1_000, f"calls={cfg.calls}: tools-sft.jsonl has 1,000 conversations")
     os.makedirs(cfg.out_dir, exist_ok=True)
     # the tests first, always the same ones: all else is drawn around them
     held_out = set()
-    for number, name in enumerate(("dev", "test")):
-        rng = random.Random(number)
+    lengths = range(1, cfg.digits + 1)
+    for name, of_digits in (
+            ("dev", (cfg.digits, cfg.digits + 1)),
+            ("test", (cfg.digits, cfg.digits + 1)),
+            ("tools-test", lengths)):
+        rng = random.Random(name)
         records = []
-        for digits in (cfg.digits, cfg.digits + 1):
+        for digits in of_digits:
             sums = unseen(rng, held_out, digits, exact=True)
             for _ in range(cfg.tests):
                 a, op, b = next(sums)
-                held_out.add(pair(a, op, b))
+                if digits > 1:  # of one digit there are too few to leave any out
+                    held_out.add(pair(a, op, b))
                 records.append({"digits": digits, "prompt": f"{a}{op}{b}=?", "answer": str(result(a, op, b))})
         write(cfg, f"{name}.jsonl", records)
 
     rng = random.Random(f"sums {cfg.seed}")
     mixed = unseen(rng, held_out, cfg.digits, exact=False)
     longest = unseen(rng, held_out, cfg.digits, exact=True)
-    # a vocabulary that knows the digits and the tags
-    examples = [chat(*next(longest), cfg, think=True)["messages"] for _ in range(2_000)]
-    texts = [question["content"] + "\n" + answer["content"] for question, answer in examples]
-    train_tokenizer(texts, os.path.join(cfg.out_dir, "tokenizer.model"), vocab_size=448)
+    any_length = (next(unseen(rng, held_out, rng.choice(lengths), exact=True)) for _ in iter(int, 1))
+    # a vocabulary that knows the digits, the tags and the call
+    examples = [chat(*next(longest), how)["messages"] for how in ("think", "call") for _ in range(1_000)]
+    texts = ["\n".join(message["content"] for message in messages) for messages in examples]
+    train_tokenizer(texts, os.path.join(cfg.out_dir, "tokenizer.model"), vocab_size=512)
     # half of the text's sums are of the longest numbers: of short ones there are few
     both = (next(rng.choice((mixed, longest))) for _ in iter(int, 1))
     documents = ("\n".join(text_line(rng, both, cfg) for _ in range(10)) for _ in range(cfg.documents))
     write(cfg, "text.jsonl", ({"text": text} for text in documents))
-    conversations = [chat(*next(longest), cfg, think=i < cfg.worked) for i in range(cfg.worked + cfg.plain)]
-    rng.shuffle(conversations)
-    write(cfg, "sft.jsonl", conversations)
-    write(cfg, "prompts.jsonl", ({"prompt": "{}{}{}=?".format(*next(longest))} for _ in range(cfg.prompts)))
+    hows = ["think"] * cfg.worked + ["plain"] * cfg.plain
+    tool_hows = ["call"] * cfg.calls + ["plain"] * (1_000 - cfg.calls)
+    for name, sums, answers in (("", longest, hows), ("tools-", any_length, tool_hows)):
+        conversations = [chat(*next(sums), how) for how in answers]
+        rng.shuffle(conversations)
+        write(cfg, f"{name}sft.jsonl", conversations)
+        write(cfg, f"{name}prompts.jsonl", ({"prompt": "{}{}{}=?".format(*next(sums))} for _ in range(cfg.prompts)))
     print(f"{cfg.out_dir}: {cfg.documents:,} documents of ten sums, {cfg.worked} + {cfg.plain} conversations, "
           f"{cfg.prompts:,} prompts, {len(held_out):,} pairs held out")
 

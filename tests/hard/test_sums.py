@@ -1,4 +1,4 @@
-"""Sums: thoughts worked by hand, rewards, held-out questions, pass@k against counting."""
+"""Sums: thoughts worked by hand, rewards, the calculator, held-out questions, pass@k against counting."""
 import itertools
 import json
 import random
@@ -9,27 +9,23 @@ from recipes import sums
 from recipes.sums_eval import pass_at
 
 
-@pytest.mark.parametrize("question, steps, columns", [
-    ((4713, "+", 2586), "471+258:9 47+25:99 4+2+1:299 0+0:7299", "3+6=9 1+8=9 7+5=12 4+2+1=7"),
-    ((95, "+", 7), "9+0+1:2 0+0+1:02 0+0:102", "5+7=12 9+0+1=10"),
-    ((503, "-", 498), "50-49-1:5 5-4-1:05 0-0:005", "3-8=5 0-9-1=0 5-4-1=0"),
-    ((8, "-", 8), "0-0:0", "8-8=0"),
-])
-def test_a_thought_is_the_sum_by_hand(question, steps, columns):
-    assert sums.steps(*question) == steps.split()
+@pytest.mark.parametrize("question, columns", [
+    ((4713, "+", 2586), "3+6=9 1+8=9 7+5=12 4+2+1=7"),
+    ((95, "+", 7), "5+7=12 9+0+1=10"),
+    ((503, "-", 498), "3-8=5 0-9-1=0 5-4-1=0"),
+    ((8, "-", 8), "8-8=0")])
+def test_a_thought_is_the_sum_by_hand(question, columns):
     assert sums.columns(*question) == columns.split()
 
 
-def test_every_step_is_the_rule_on_the_line_before_it():
-    """What lines have in common, whatever the numbers: the last line's digits are the result."""
+def test_the_last_digits_of_a_thought_are_the_result():
+    """Whatever the numbers: read from the last line to the first, and in front the carry of the last."""
     rng = random.Random(0)
     for _ in range(200):
         a, op, b = sums.draw(rng, 6)
-        lines = sums.steps(a, op, b)
-        done = lines[-1].split(":")[1] if lines else "0"
-        assert int(done) == sums.result(a, op, b) >= 0
-        for before, line in itertools.pairwise(lines):
-            assert line.split(":")[1][1:] == before.split(":")[1]
+        values = [line.split("=")[1] for line in reversed(sums.columns(a, op, b))]
+        digits = "".join([*values[:1], *(value[-1] for value in values[1:])])
+        assert int(digits or 0) == sums.result(a, op, b) >= 0
 
 
 @pytest.mark.parametrize("answer, reward", [
@@ -41,16 +37,27 @@ def test_reward_is_for_the_number_alone(answer, reward):
     assert sums.thinks("", answer) == ("</think>" in answer)
 
 
+def test_the_calculator_answers_calls_and_each_costs():
+    call = sums.call("4713+2586")
+    assert sums.calculator(call) == "7299"
+    assert sums.calculator("7299") is None
+    assert sums.calculator(call.replace("4713+", "4713*")) == "error"
+    assert sums.calculator("<tool_call>\n{\n</tool_call>") == "error"
+    whole = f"{call}<|im_end|>\n<|im_start|>tool\n7299<|im_end|>\n<|im_start|>assistant\n7299"
+    assert sums.priced("4713+2586=?", whole) == pytest.approx(0.8)
+
+
 def test_no_question_of_the_tests_is_in_a_training_file(tmp_path):
     sums.main(sums.Config(out_dir=str(tmp_path), digits=2, documents=300, worked=20, plain=20, prompts=300, tests=50))
     files = {path.name: path.read_text().splitlines() for path in tmp_path.glob("*.jsonl")}
-    tests = [json.loads(line) for name in ("dev.jsonl", "test.jsonl") for line in files.pop(name)]
+    tests = [json.loads(line) for name in ("dev", "test", "tools-test") for line in files.pop(f"{name}.jsonl")]
     held_out = set()
     for record in tests:
         a, op, b = sums.QUESTION.search(record["prompt"]).groups()
         assert record["answer"] == str(sums.result(int(a), op, int(b)))
         assert max(len(a), len(b)) == record["digits"]
-        held_out |= {(a, b), (b, a)}
+        if record["digits"] > 1:
+            held_out |= {(a, b), (b, a)}
     seen = 0
     for name, lines in files.items():
         for line in lines:
