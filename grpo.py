@@ -230,7 +230,7 @@ def main(cfg):
         # (1) answer every prompt G times: each process the prompts of its micro-steps
         documents = []
         for prompts, seed in step_prompts(train, G, cfg, step, micro):
-            documents += rollout(model, prompts, G, cfg, tokenizer, seed, env, environment)
+            documents += rollout(model, prompts, cfg, tokenizer, seed, env, environment)
         generated = time.perf_counter()
 
         # (2) score the answers, and keep the log-probs of the policy before its update, and of the reference

@@ -231,7 +231,7 @@ def main(cfg):
         # (1) generate: each process answers the prompts of its micro-steps
         documents = []
         for prompts, seed in step_prompts(train, 1, cfg, step, micro):
-            documents += rollout(actor, prompts, 1, cfg, tokenizer, seed, env)
+            documents += rollout(actor, prompts, cfg, tokenizer, seed, env)
         generated = time.perf_counter()
 
         # (2) score the answers, (3) log-probs of actor and reference, values of the critic: all of it before the first

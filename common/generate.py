@@ -26,14 +26,13 @@ def generate(
         stop_ids=(),
         pad_id=0,
         seed=None,
-        on_token=None,
-        group_size=1):
-    """Continue each prompt (a list of ids) by up to max_new_tokens, group_size times; return the new ids, a list a row.
+        on_token=None):
+    """Continue each prompt (a list of ids) by up to max_new_tokens; return the new ids, a list a row.
 
     A row ends with (and includes) the first of stop_ids. temperature 0 is greedy. Filters apply in the order
     repetition penalty, temperature, top-k, top-p, min-p. Row i draws from its own generator, seeded seed + i (or
-    seed[i]), so what it says does not depend on the rest of the batch. on_token(ids) sees each step's tokens, a list with one id a
-    row (None in rows that have ended). The answers to prompt p are rows p * group_size and following.
+    seed[i]), so what it says does not depend on the rest of the batch. Equal prompts are read once. on_token(ids) sees
+    each step's tokens, a list with one id a row (None in rows that have ended).
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("generate needs at least one prompt, and one token in each; start an empty one with EOS")
@@ -45,30 +44,32 @@ def generate(
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceed the model's "
                          f"max_seq_len={room}")
     device = model.head_weight.device
+    # a prompt that is answered several times goes through the model once
+    place = {}
+    rows = [place.setdefault(tuple(p), len(place)) for p in prompts]
+    prompt_of = torch.tensor(rows, device=device)
     # padding goes to the left, so that all prompts end in the last column and new tokens stand behind each other
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    padded = [[pad_id] * (longest - len(p)) + list(p) for p in prompts]
+    pad = torch.tensor([longest - len(p) for p in place], device=device)
+    padded = [[pad_id] * (longest - len(p)) + list(p) for p in place]
     ids = torch.tensor(padded, device=device)                                      # (prompts, longest)
     dtype = matmul_dtype(model.head_weight)
     columns = 16 * math.ceil((longest + max_new_tokens) / 16)  # masked attention on GPUs wants whole sixteens
     cache = KVCache(model.config, pad, columns, dtype)
-    new = [[] for _ in range(len(prompts) * group_size)]
+    new = [[] for _ in prompts]
     uniforms = draw_uniforms(seed, len(new), max_new_tokens).to(device)            # (rows, steps)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
 
-    # the prompts go through the model once; then every answer of a group continues from the same keys and values
+    # read the prompts; then every answer goes on from the keys and values of its own
     hidden = model(ids, cache=cache)[:, -1]                                        # (prompts, C)
     alive = torch.arange(len(new), device=device)  # the row each line of the batch writes to
-    prompt_of = alive // group_size
-    hidden = hidden[prompt_of]                                                     # (rows, C)
-    if group_size > 1:
+    if len(place) < len(prompts):
+        hidden = hidden[prompt_of]                                                 # (rows, C)
         cache.select(prompt_of)
     seen = torch.zeros(len(new), model.config.vocab_size, dtype=torch.bool, device=device)
     if repetition_penalty != 1.0:
         # the prompt's tokens have been seen; padding has not, unless the prompt itself holds that token
         seen.scatter_(1, ids[prompt_of], True)
-        pad_seen = torch.tensor([pad_id in p for p in prompts], device=device)
-        seen[:, pad_id] &= pad_seen[prompt_of]
+        seen[:, pad_id] &= torch.tensor([pad_id in p for p in prompts], device=device)
 
     def choose(hidden, seen, uniforms):
         """logits → filtered → one id a row."""

@@ -23,83 +23,62 @@ from configurator import check
 from tokenizer import render_chat
 
 
-def rollout(model, prompts, group_size, cfg, tokenizer, seed, env, environment=None):
-    """Answer each prompt (ids) group_size times; return documents [(ids, mask)] with mask 1 on what the model says.
+def rollout(model, prompts, cfg, tokenizer, seed, env, environment=None):
+    """Answer each prompt (ids); return documents [(ids, mask)] with mask 1 on what the model says.
 
-    environment(text) -> reply: what a turn that calls a tool is told, or None where it calls none; see go_on().
+    environment(text) -> reply: what a turn that calls a tool is told, or None where it calls none. The reply is read
+    and never learned, and the model goes on, up to cfg.turns turns:
+
+        12+34=?  <tool_call>…</tool_call>  │ 46 │  46        ids: rows that call no tool are done, while others
+        0000000  1111111111111111111111111  0000  11        mask    take their next turn
+
     One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
     """
-    with env.autocast():
-        answers = generate(
-            model,
-            prompts,
-            cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            stop_ids=[tokenizer.im_end_id, tokenizer.eot_id],
-            pad_id=tokenizer.pad_id,
-            seed=seed,
-            group_size=group_size)
-    documents = []
-    for number, answer in enumerate(answers):
-        prompt = list(prompts[number // group_size])
-        mask = [0] * len(prompt) + [1] * len(answer)
-        documents.append((prompt + answer, mask))
-    if environment:
-        go_on(model, documents, answers, environment, cfg, tokenizer, seed, env)
-    return documents
-
-
-def go_on(model, documents, answers, environment, cfg, tokenizer, seed, env):
-    """Where a turn calls a tool, append the reply (mask 0) and let the model go on (mask 1), up to cfg.turns turns.
-
-        12+34=?  <tool_call>…</tool_call>  │ 46 │  46        documents [(ids, mask)] grow in place; rows that call no tool
-        0000000  1111111111111111111111111  0000  11        any more are done, while others take their next turn
-    """
-    latest = dict(enumerate(answers))  # what each row said last
-    for turn in range(1, cfg.turns):
-        replies = {}
-        for number, said in latest.items():
-            reply = None
-            if said[-1] == tokenizer.im_end_id:
-                reply = environment(tokenizer.decode(said, skip_special=True))
-            if reply is not None:
-                message = {"role": "tool", "content": reply}
-                header, _ = render_chat(tokenizer, [message], add_generation_prompt=True)
-                replies[number] = tokenizer.encode("\n") + header
-        if not replies:
-            break
-        for number, reply in replies.items():
-            ids, mask = documents[number]
-            room = model.config.max_seq_len - len(ids) - len(reply)
-            check(cfg.max_new_tokens <= room, f"after {turn} turns of {cfg.turns} and a reply of {len(reply)} tokens there "
-                  f"is room for {room} more, not for max_new_tokens={cfg.max_new_tokens}: lower it, or --turns")
-            ids += reply
-            mask += [0] * len(reply)
+    documents = [(list(prompt), [0] * len(prompt)) for prompt in prompts]
+    going = list(range(len(prompts)))  # numbers of the rows that take a turn
+    turns = cfg.turns if environment else 1
+    for turn in range(turns):
         with env.autocast():
-            new = generate(
+            answers = generate(
                 model,
-                [documents[number][0] for number in replies],
+                [documents[number][0] for number in going],
                 cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 stop_ids=[tokenizer.im_end_id, tokenizer.eot_id],
                 pad_id=tokenizer.pad_id,
                 # a row's own, whoever else goes on; a million apart, as torch takes the lower 32 bits of a seed alone
-                seed=[seed + number + turn * 1_000_000 for number in replies])
-        latest = dict(zip(replies, new))
-        for number, said in latest.items():
+                seed=[seed + number + turn * 1_000_000 for number in going])
+        calls = []
+        for number, answer in zip(going, answers):
             ids, mask = documents[number]
-            ids += said
-            mask += [1] * len(said)
+            ids += answer
+            mask += [1] * len(answer)
+            reply = None
+            if turn + 1 < turns and answer[-1] == tokenizer.im_end_id:
+                reply = environment(tokenizer.decode(answer, skip_special=True))
+            if reply is not None:
+                message = {"role": "tool", "content": reply}
+                header, _ = render_chat(tokenizer, [message], add_generation_prompt=True)
+                told = tokenizer.encode("\n") + header
+                ids += told
+                mask += [0] * len(told)
+                calls.append(number)
+        going = calls
+        if not going:
+            break
+    return documents
 
 
 def step_prompts(split, group_size, cfg, step, micro):
-    """Yield (prompts, seed) for each of a step's micro-steps that are this process's. An answer's random numbers follow
-    from its place among all answers of the step, so they do not depend on who generates it."""
+    """Yield (prompts, seed) for each of a step's micro-steps that are this process's, each prompt group_size times. An
+    answer's random numbers follow from its place among all answers of the step, so they do not depend on who generates
+    it."""
     sequence = np.random.SeedSequence([cfg.seed, step])
     step_seed = int(sequence.generate_state(1)[0])
     for i in micro:
         first = (step * cfg.grad_accum + i) * cfg.batch_size
-        prompts = [split.document(n)[0].tolist() for n in shuffled(len(split), first, cfg.batch_size, cfg.seed)]
+        numbers = shuffled(len(split), first, cfg.batch_size, cfg.seed)
+        prompts = [split.document(n)[0].tolist() for n in numbers.repeat(group_size)]
         yield prompts, step_seed + i * cfg.batch_size * group_size
 
 
@@ -316,7 +295,7 @@ def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env, envi
     first = env.rank * n_prompts // env.world
     end = (env.rank + 1) * n_prompts // env.world
     prompts = [split.document(i)[0].tolist() for i in range(first, end)]
-    documents = rollout(model, prompts, 1, cfg, tokenizer, cfg.seed + first, env, environment)
+    documents = rollout(model, prompts, cfg, tokenizer, cfg.seed + first, env, environment)
     batch = make_batch(documents, tokenizer, scorer, watcher, env)
     batch["logps"] = all_logps(model, batch, cfg, env)
     batch["ref_logps"] = all_logps(reference, batch, cfg, env)

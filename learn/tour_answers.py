@@ -75,7 +75,7 @@ def group(line):
     question, _ = ranked(folder, line)
     turns = [{"role": "user", "content": question}]
     prompt = render_chat(tokenizer, turns, add_generation_prompt=True)[0]
-    new = generate(model, [prompt], 30, temperature=1.2, stop_ids=[tokenizer.im_end_id], seed=7, group_size=8)
+    new = generate(model, [prompt] * 8, 30, temperature=1.2, stop_ids=[tokenizer.im_end_id], seed=7)
     texts = [tokenizer.decode(ids, skip_special=True) for ids in new]
     rewards = torch.tensor([scenery(text) for text in texts])
     advantages = grpo.group_advantages(rewards, 8, "grpo")

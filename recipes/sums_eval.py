@@ -48,11 +48,12 @@ def read_tests(path):
 def answer_all(model, tokenizer, prompts, temperature, group_size, cfg, env):
     """Continue each prompt (ids) group_size times; return a list of ids an answer, batch_size answers at a time."""
     stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
-    size = max(1, cfg.batch_size // group_size)
+    size = group_size * max(1, cfg.batch_size // group_size)
     room = model.config.max_seq_len - max(map(len, prompts))
+    rows = [prompts[row // group_size] for row in range(len(prompts) * group_size)]
     answers = []
-    for first in range(0, len(prompts), size):
-        part = prompts[first:first + size]
+    for first in range(0, len(rows), size):
+        part = rows[first:first + size]
         with env.autocast():
             answers += generate(
                 model,
@@ -61,8 +62,7 @@ def answer_all(model, tokenizer, prompts, temperature, group_size, cfg, env):
                 temperature=temperature,
                 stop_ids=stop_ids,
                 pad_id=tokenizer.pad_id,
-                seed=cfg.seed + first * group_size,
-                group_size=group_size)
+                seed=cfg.seed + first)
     return answers
 
 

@@ -51,7 +51,7 @@ def test_every_answer_has_random_numbers_of_its_own():
     idx = np.cumsum([0] + [len(p) for p in PROMPTS])
     split = Split(np.array(sum(PROMPTS, [])), None, idx, None, {})
     calls = [call for step in range(3) for call in step_prompts(split, 2, cfg, step, range(4))]
-    seeds = [seed + row for prompts, seed in calls for row in range(2 * len(prompts))]
+    seeds = [seed + row for prompts, seed in calls for row in range(len(prompts))]
     assert len(seeds) == 3 * 4 * 6 and len(set(seeds)) == len(seeds)
     assert list(step_prompts(split, 2, cfg, 1, [3])) == calls[7:8]
 
@@ -75,9 +75,9 @@ def test_log_probs_are_those_that_answers_were_drawn_with(monkeypatch, group_siz
     tokenizer = types.SimpleNamespace(im_end_id=15, eot_id=9, pad_id=0)
     cfg = grpo.Config(temperature=0.8, max_new_tokens=8)
     calls = spy(monkeypatch, generation, "pick")
-    documents = rollout(actor, PROMPTS, group_size, cfg, tokenizer, 0, CPU)
-    drawn = list(calls)
     copies = [prompt for prompt in PROMPTS for _ in range(group_size)]
+    documents = rollout(actor, copies, cfg, tokenizer, 0, CPU)
+    drawn = list(calls)
     answers = [ids[len(prompt):] for prompt, (ids, _) in zip(copies, documents, strict=True)]
     assert len({len(answer) for answer in answers}) > 2
     assert answers == generate(actor, copies, 8, temperature=0.8, stop_ids=[15, 9], seed=0)

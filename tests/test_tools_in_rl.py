@@ -30,17 +30,17 @@ def talker(place):
     prompts = []
     for length in (1, 4, 2):
         turns = [{"role": "user", "content": "春" * length}]
-        prompts.append(render_chat(tok, turns, add_generation_prompt=True)[0])
+        prompts += [render_chat(tok, turns, add_generation_prompt=True)[0]] * 4
     return model, tok, prompts
 
 
 def test_turns_and_masks(talker):
     """Each document is what the chat template makes of its turns; 1 stands on the model's words alone."""
     model, tok, prompts = talker
-    documents = rollout(model, prompts, 4, CFG, tok, 5, CPU, reply_to)
+    documents = rollout(model, prompts, CFG, tok, 5, CPU, reply_to)
     turns = []
     for number, (ids, mask) in enumerate(documents):
-        assert ids[:len(prompts[number // 4])] == prompts[number // 4] and len(ids) == len(mask)
+        assert ids[:len(prompts[number])] == prompts[number] and len(ids) == len(mask)
         # the learned stretches, and what stands between them
         starts = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
         ends = [i for i in range(1, len(ids) + 1) if mask[i - 1] and (i == len(ids) or not mask[i])]
@@ -57,8 +57,8 @@ def test_turns_and_masks(talker):
 
 def test_a_row_says_the_same_whoever_else_goes_on(talker):
     model, tok, prompts = talker
-    together = rollout(model, prompts, 4, CFG, tok, 5, CPU, reply_to)
-    alone = rollout(model, prompts[:1], 4, CFG, tok, 5, CPU, reply_to)
+    together = rollout(model, prompts, CFG, tok, 5, CPU, reply_to)
+    alone = rollout(model, prompts[:4], CFG, tok, 5, CPU, reply_to)
     assert together[:4] == alone
 
 
@@ -75,7 +75,7 @@ def test_log_probs_are_those_of_sampling(talker, monkeypatch):
         return ids
 
     monkeypatch.setattr(generation, "pick", pick)
-    documents = rollout(model, prompts, 4, CFG, tok, 5, CPU, reply_to)
+    documents = rollout(model, prompts, CFG, tok, 5, CPU, reply_to)
     ids, targets, mask = shift(*pad(documents, tok.pad_id))
     with torch.no_grad():
         logps = token_logps(model(ids), model.head_weight, targets, mask, 1.0)
