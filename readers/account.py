@@ -76,7 +76,7 @@ class Tally:
         """Who speaks in the transcripts without being known: what begins lines in half of them, and in more than this
         share, is a name. "Note:" is not."""
         many = max(share, 0.5) * self.transcripts
-        return [name for name, n in self.names.items() if n > max(many, 2)]
+        return sorted(name for name, n in self.names.items() if n > max(many, 2))
 
     def lost(self, share):
         """Names of fields that hold more text than what is learned beside them, in more than this share of records."""
