@@ -31,6 +31,7 @@ class Notes:
     cut: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what was cut off → how often
     split: str = None  # "train" or "val", where the record asks for one
     named: frozenset = frozenset()  # what --fields has a name for
+    names: set = None  # of a transcript: what begins its lines like a name, "Critic:", and is no known speaker
     learned: int = 0  # characters that are learned of it
 
 
@@ -42,11 +43,16 @@ class Tally:
         self.used = collections.Counter()
         self.ignored = collections.Counter()
         self.values = collections.defaultdict(set)  # of an ignored field
+        self.transcripts = 0
+        self.names = collections.Counter()  # in how many transcripts a name begins lines
         self.groups = collections.defaultdict(collections.Counter)  # records that ignore text in the same fields
 
     def add(self, notes):
         self.records += 1
         self.used.update(notes.used)
+        if notes.names is not None:
+            self.transcripts += 1
+            self.names.update(notes.names)
         texts = {}
         for name, n in notes.ignored.items():
             if len(self.ignored) >= 100 and name not in self.ignored:
@@ -65,6 +71,12 @@ class Tally:
         """Whether a field names a category, a source and the like: few short values, again and again."""
         n = self.ignored[name]
         return len(self.values[name]) <= n / 4 and characters <= 50 * n
+
+    def strangers(self, share):
+        """Who speaks in the transcripts without being known: what begins lines in half of them, and in more than this
+        share, is a name. "Note:" is not."""
+        many = max(share, 0.5) * self.transcripts
+        return sorted(name for name, n in self.names.items() if n > max(many, 2))
 
     def lost(self, share):
         """Names of fields that hold more text than what is learned beside them, in more than this share of records."""

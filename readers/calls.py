@@ -44,7 +44,7 @@ def call_tools(calls):
         if isinstance(call, dict) and "name" in call:
             rest = {name: value for name, value in call.items() if name not in WRAPPER}
             given = [name for name in ARGUMENTS if name in rest]
-            if len(given) <= 1:
+            if len(given) == 1 or len(rest) == 1:
                 name = rest.pop("name")
                 arguments = from_json(rest.pop(given[0])) if given else {}
                 call = {"name": name, "arguments": {} if arguments == "" else arguments, **rest}

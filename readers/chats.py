@@ -28,6 +28,8 @@ def to_prompt(record, notes):
     if isinstance(record, str):
         record = {"prompt": record}
     if isinstance(record, list):
+        if record and all(isinstance(name, str) and name.lower() in KNOWN for name in record):
+            raise Drop("a row of names")  # the head of a table
         record = {"messages": record}
     messages = []
     system = take(record, notes, *SYSTEM)
@@ -69,9 +71,9 @@ def read_question(record, notes):
         if not notes.named:
             check_template(record, texts)
         question = "\n".join([*texts.values(), *read_choices(record, notes)])
-        messages += said(question, "user", has_answer=bool(filled(record, ANSWER)))
+        messages += said(question, "user", notes, has_answer=bool(filled(record, ANSWER)))
     elif not messages and any(transcript.search(str(record.get("text"))) for transcript in TRANSCRIPTS):
-        messages = said(as_text(take(record, notes, "text"), "text"), "user", is_whole=True)
+        messages = said(as_text(take(record, notes, "text"), "text"), "user", notes, is_whole=True)
     return messages
 
 
@@ -105,10 +107,16 @@ def read_choices(record, notes):
     choices = from_json(choices)
     if isinstance(choices, str):
         return [choices]
+    choices = as_list(choices, "choices")
+    if len(choices) > len(LETTERS):
+        raise Skip("too many choices", f"{len(choices)} of them, and letters from A to {LETTERS[-1]}")
     lines = []
-    for letter, text in zip(LETTERS, as_list(choices, "choices")):
-        text = as_text(text, "choices")
-        lines.append(text if text.startswith(letter) else f"{letter}. {text}")
+    for letter, choice in zip(LETTERS, choices):
+        text = as_text(choice, "choices")
+        if isinstance(choice, dict):
+            letter = next((own for own in choice.values() if own in [*LETTERS]), letter)  # {"key": "A", "value": "…"}
+        has_letter = re.match(rf"[(（\[]?{letter}\s*[.．、:：)）\]]", text.lstrip())
+        lines.append(text if has_letter else f"{letter}. {text}")
     return lines
 
 
@@ -133,18 +141,21 @@ def check_template(record, texts):
     for name, text in texts.items():
         others = [other for other in texts if other != name]
         is_whole = others and all(texts[other].strip() in text for other in others)
+        names = ",".join(f"question:{other}" for other in others)
+        theirs = filled(record, (*ANSWER, *CHOSEN))[0]
+        if is_whole and text.rstrip().endswith((":", "：")):
+            raise Skip("the question twice", f"{name} holds {', '.join(others)}, too: --fields={names},{ours}:{theirs} "
+                       f"leaves {name} out, --fields=question:{name},{ours}:{theirs} takes it alone")
         place = text.rfind(answer)
         is_given = is_whole or len(answer) >= 20 or GIVEN.search(text[:max(place, 0)])
         if place >= 0 and len(text) - place - len(answer) <= 20 and is_given:
-            names = ",".join(f"question:{other}" for other in others)
-            theirs = filled(record, (*ANSWER, *CHOSEN))[0]
             hint = f"--fields={names},{ours}:{theirs} leaves {name} out" if others else "cut it off"
             raise Skip("the question holds its answer", f"{name} ends with {brief(answer)}: {hint}")
 
 
 def read_answer(record, notes):
     """The answer to the question: the one field of ANSWER that is there."""
-    names = filled(record, ANSWER)
+    names = [name for name in filled(record, ANSWER) if record[name] not in ("nan", "NaN")]
     if not names:
         return []
     value = take(record, notes, *names)
@@ -156,7 +167,9 @@ def read_answer(record, notes):
     if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
         note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
-    if is_number(value) and isinstance(first(record, CHOICES), (list, dict)):
+    choices = first(record, CHOICES)
+    is_place = is_number(value) or str(value).isdecimal() and not re.search(rf"\b{value}\b", str(choices))
+    if is_place and isinstance(choices, (list, dict)):
         raise Skip("which choice?", f"{names[0]} is {value}: does it count the choices from 0 or from 1? Write its "
                    "letter")
     if is_parts(value):
@@ -169,6 +182,13 @@ def read_answer(record, notes):
     if isinstance(value, (list, dict)):
         return read_turns(value, names[0], notes, "assistant")
     parts = [think(take(record, notes, *REASONING)), as_text(value, names[0])]
+    asked = first(record, QUESTION)
+    if isinstance(asked, str) and asked.rstrip().endswith((":", "：")):
+        # "Human: … Assistant:" asks for the answer, which may go on in this way
+        before = said(asked, "user", notes, has_answer=True)
+        whole = said(asked + parts[1], "user", notes, is_whole=True)
+        if whole[:len(before)] == before and len(whole) > len(before) + 1:
+            return whole[len(before):]
     return [message("assistant", "\n".join(part for part in parts if part))]
 
 

@@ -62,6 +62,9 @@ def read_odd(path, cfg, counts, done):
             counts[what, path, name] += n
     advise(path, unknown, cfg)
     check_ignored(path, tally, cfg)
+    strangers = tally.strangers(cfg.max_skipped)
+    check(not strangers, f"{path}: who is {' and '.join(strangers)}? Lines of its transcripts begin so, and would be "
+          "learned as another's words. Write messages: [{role: …, content: …}]. (--max_skipped=1 goes on, too)")
 
 
 def note_skip(skip, where, counts):

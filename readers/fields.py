@@ -16,8 +16,8 @@ TURNS = ("messages", "conversations", "conversation", "dialogue", "chat")
 CHOSEN = ("chosen", "response_chosen", "chosen_messages", "chosen_response", "pos_resp")
 REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rejected_response", "neg_resp")
 CHOICES = ("choices", "options", "choice", "option")  # of an exam, or fields A, B, C, D
-LETTERS = "ABCDEFGH"
-CHOICE = re.compile(r"(?:option|choice|opt|op|选项)?[ _]?([a-h])", re.IGNORECASE)  # option_a, optionA, opa, 选项A
+LETTERS = "ABCDEFGHIJ"
+CHOICE = re.compile(r"(?:option|choice|opt|op|选项)?[ _]?([a-j])", re.IGNORECASE)  # option_a, optionA, opa, 选项A
 NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<noinput>", "N/A")  # what programs write for an empty field
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
@@ -32,15 +32,15 @@ KNOWN = CHAT | TEXT | {"split"}
 # The fields of one turn.
 SPEAKER = ("role", "from")
 CONTENT = ("content", "value", "text")
-CALLS = ("tool_calls", "function_call")
+CALLS = ("tool_calls", "tool_call", "function_call")
 WEIGHT = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "trainable", "train_on_turn")
 TURN = {*SPEAKER, *CONTENT, *CALLS, *WEIGHT, *REASONING}
 ROLES = {
     **dict.fromkeys(("user", "human", "用户", "问", "q"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "moss", "助手", "答", "a",
-                     "function_call"), "assistant"),
+                     "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "observation", "function"), "tool")}
+    **dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool")}
 
 
 def is_empty(value):
@@ -131,11 +131,12 @@ def note_rest(item, known, notes, prefix=""):
 
 # Numbers that count or tell apart, and flags that say nothing of the answer.
 COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
-                      "seed|temperature|offset|start|end|page|level|is_classification|human_verified|is_code_related)s?$",
+                      "seed|temperature|offset|start|end|page|level|is_classification|human_verified|is_code_related|"
+                      r"column \d+|unnamed: \d+|index_level_\d+__)s?$",  # the last: row numbers, as pandas writes them
                       re.IGNORECASE)
 NO = {"0", "0.0", "false"}
 YES = {"1", "1.0", "true"}
-NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete", re.IGNORECASE)
+NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete|wrong|invalid|flip|swap|revers", re.IGNORECASE)
 
 
 def check_marks(item, known, prefix, ours):

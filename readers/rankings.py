@@ -1,10 +1,12 @@
 """
 Records to a question and its ranked answers, for the reward model and DPO.
 """
+import re
+
 from readers.account import Drop, Skip
-from readers.chats import to_prompt
-from readers.fields import ANSWER, CHOSEN, NUMBER, RANKING, REJECTED, THUMB
-from readers.fields import as_list, as_text, brief, filled, is_number, take, there
+from readers.chats import is_thumbs_down, to_prompt
+from readers.fields import ANSWER, CHOSEN, COUNTERS, KNOWN, NUMBER, RANKING, REJECTED, THUMB
+from readers.fields import as_list, as_text, brief, check_marks, filled, is_number, take, there
 from readers.turns import read_turns, said
 
 
@@ -62,8 +64,8 @@ def is_rank(value):
 def check_best_first(answers, record):
     """Raise Skip where numbers stand beside a list of answers, or in each of them: then its order may mean nothing."""
     for answer in answers:
-        for name in ("rank", "score", "rating", "reward", "label"):
-            if isinstance(answer, dict) and is_rank(answer.get(name)):
+        for name, value in answer.items() if isinstance(answer, dict) else ():
+            if is_rank(value) and (name == "rank" or not COUNTERS.search(name)):
                 raise Skip("no ranking", f"does the {name} in each answer rank them? Write them as responses: [texts] "
                            "with ranks: [numbers] (lowest best) or scores: [numbers] (highest best)")
     for name, values in record.items():
@@ -71,6 +73,18 @@ def check_best_first(answers, record):
         if is_other and len(values) == len(answers) and all(is_rank(value) for value in values):
             raise Skip("no ranking", f"does {name} rank the answers? --fields=prompt:…,responses:…,ranks:{name} (lowest"
                        f" best) or scores:{name} (highest best); --fields=prompt:…,answer:… takes them as best first")
+
+
+def check_order(record, notes):
+    """Raise Skip where a field may say that two answers are the other way round: a lower score of the chosen one, or an
+    unknown mark."""
+    about = {name for name in record if re.search("chosen|rejected|score|margin|gap", name)}
+    for name in about:
+        score = record[name]
+        other = record.get(name.replace("chosen", "rejected"))
+        if is_number(score) and is_number(other) and score < other:
+            raise Skip("no ranking", f"{name} is {score}, below {other} of the rejected answer")
+    check_marks(record, notes.used | about | KNOWN - {*THUMB}, "", "label")
 
 
 def to_ranking(record, notes):
@@ -91,7 +105,7 @@ def to_ranking(record, notes):
             turns = read_turns(answers[i], "answers", notes, "assistant")
         else:
             text = as_text(answers[i], "answers")
-            turns = said(text.removeprefix(begin) if is_begin else text, "assistant", is_whole=not prompt)
+            turns = said(text.removeprefix(begin) if is_begin else text, "assistant", notes, is_whole=not prompt)
         if turns and turns[0]["role"] == "assistant":
             turns = prompt + turns
         else:
@@ -110,6 +124,10 @@ def to_ranking(record, notes):
         raise Skip("answers to different prompts")
     if not prompts[0]:
         raise Skip("empty", "no question")
+    if not notes.named:
+        check_order(record, notes)
+    elif is_thumbs_down(record, notes):
+        raise Drop("thumbs down")
     # "Best first" cannot say "equally good": of answers with one rank, or with the same words, the first stays.
     kept = []
     seen = set()

@@ -99,7 +99,7 @@ def are_json(head):
     """Whether the lines that a file begins with are JSON objects; the last of them may be cut off."""
     lines = [line.strip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     whole = lines[:-1] or lines
-    if not lines or not all(line.startswith(b"{") and line.endswith(b"}") for line in whole) or not lines[-1].startswith(b"{"):
+    if not lines or not all(line.startswith(b"{") for line in lines) or not all(line.endswith(b"}") for line in whole):
         return False
     try:
         DECODER.decode(lines[0].decode(errors="replace"))
@@ -123,6 +123,8 @@ def read_txt(raw, txt_document):
     if are_json(head):
         yield from read_lines(f)
         return
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"", head):
+        raise Skip("JSON in a .txt", "it begins like an array of records: call the file .json")
     if txt_document == "blank":
         check_blank_lines(head)
     if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):

@@ -12,10 +12,12 @@ pairs     {"prompt": messages, "answers": [best, …, worst]}
 Nothing is left out silently: the notes say which fields were used, which ignored, and what was cut off. A record that
 cannot be used raises Skip with the reason; where it is unclear which field holds what, the reason asks for --fields.
 """
+import re
+
 from common.documents import clean
 from readers.account import Notes, Skip
 from readers.chats import choice_fields, to_conversation, to_question
-from readers.fields import ANSWER, CHAT, CHOSEN, KNOWN, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
+from readers.fields import ANSWER, CHAT, CHOSEN, COUNTERS, KNOWN, LETTERS, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
 from readers.fields import as_text, brief, filled, first, is_blank, is_empty, note_rest, there
 from readers.files import split_of
 from readers.rankings import to_ranking
@@ -50,6 +52,8 @@ def convert(record, kind, fields=()):
     if isinstance(record, dict):
         if kind != "text" and not fields:
             check_media(record)
+        if kind in ("sft", "pairs") and not fields:
+            check_letter(record, content, notes)
         note_values(record, content, notes)
     return content, notes
 
@@ -71,7 +75,23 @@ def check_choices(record, named, fields):
     letter = str(first(named, ANSWER)).strip()
     if letter in choices and len(choices) > 1 and not {*choices.values()} & {theirs for _, theirs in fields}:
         names = ",".join(f"{ours}:{theirs}" for ours, theirs in [*fields, *choices.items()])
-        raise Skip("choices left out", f"the answer {letter} names one of {', '.join(choices.values())}: --fields={names}")
+        raise Skip("choices left out", f"{letter} is one of {', '.join(choices.values())}: --fields={names}")
+
+
+def check_letter(record, content, notes):
+    """Raise Skip where the answer is the letter of a choice, and what may be the choices is ignored."""
+    turns = content["prompt"] if isinstance(content, dict) else content[:-1]
+    question = turns[-1]["content"]
+    answer = content["answers"][0] if isinstance(content, dict) else content[-1]["content"]
+    if not re.fullmatch(f"[{LETTERS}]{{1,4}}", answer) or re.search(rf"(?<![A-Za-z]){answer[0]}(?![A-Za-z])", question):
+        return
+    lists = [name for name in notes.ignored if isinstance(record.get(name), (list, dict))]
+    texts = [name for name in notes.ignored if isinstance(record.get(name), str) and not COUNTERS.search(name)]
+    if lists or len(texts) > 1:
+        names = f"choices:{lists[0]}" if lists else ",".join(f"{letter}:{name}" for letter, name in zip(LETTERS, texts))
+        asked = ",".join(f"{name}:{name}" for name in sorted(notes.used - {"split"}))
+        raise Skip("choices left out", f"the answer is {answer}, and nothing in the question says what it is: are its "
+                   f"choices in {', '.join(lists or texts)}? --fields={asked},{names}; --fields={asked} goes without")
 
 
 def check_media(record):

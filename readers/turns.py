@@ -6,7 +6,7 @@ import re
 from common.documents import clean
 from readers.account import Skip
 from readers.calls import as_json, call_tools
-from readers.fields import ANSWER, CALLS, CONTENT, QUESTION, REASONING, ROLES, SPEAKER, WEIGHT
+from readers.fields import ANSWER, CALLS, CONTENT, NO, NUMBER, QUESTION, REASONING, ROLES, SPEAKER, WEIGHT, YES
 from readers.fields import as_list, as_text, brief, check_marks, filled, first, is_parts, note_rest, there
 
 # Those who speak in a transcript are of one of these groups: "A:" between "Human:" and "Assistant:" is a part of what
@@ -25,6 +25,7 @@ def line_of(names):
 
 TRANSCRIPTS = [line_of(names) for names in SPEAKERS]
 STRANGER = line_of(STRANGERS)
+ANY_NAME = re.compile(r"^[ \t#<|]*([A-Z][a-z]{2,14}|[\u4e00-\u9fff]{2,4})[ \t|>]*[:：]", re.MULTILINE)
 SYSTEM_FIRST = line_of("System")
 NAME = re.compile(r"^\s*<\|\w+\|>\s*[:：]\s*")  # "<|Human|>: " before what is Human's anyway
 
@@ -37,7 +38,7 @@ def message(role, text, weight=1):
     return made
 
 
-def said(text, role, is_whole=False, has_answer=False):
+def said(text, role, notes, is_whole=False, has_answer=False):
     """Messages of a text: one, or those of a transcript, "Human: … Assistant: …".
 
     is_whole: the text is all there is, so it may end with an answer. has_answer: an answer stands beside it, so it may
@@ -64,6 +65,8 @@ def said(text, role, is_whole=False, has_answer=False):
         if stranger and number == 0:
             raise Skip("unknown speaker", f"who is {stranger[1]!r} in {brief(text)}? Known are {SPEAKERS[0]}. Or write "
                        "messages: [{role: …, content: …}]")
+        if number == 0:
+            notes.names = {name for name in ANY_NAME.findall(text) if not speaker_of(name.lower())}
         if system:
             messages.insert(0, message("system", before.lstrip()[system.end():]))
         return messages
@@ -77,7 +80,7 @@ def read_turns(value, name, notes, role=None):
     a list of turns are said in turns, the user begins. role: who says what does not tell.
     """
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-        return said(value, role or "user", is_whole=role is None)
+        return said(value, role or "user", notes, is_whole=role is None)
     if isinstance(value, dict) and value and all(str(key).startswith("turn_") for key in value):
         value = list(value.values())  # MOSS: {"turn_1": {"Human": …, "MOSS": …}, …}
     messages = []
@@ -85,12 +88,17 @@ def read_turns(value, name, notes, role=None):
         if isinstance(turn, dict):
             messages += read_turn(turn, name, notes, role)
         elif isinstance(turn, list):
+            is_spoken = len(turn) == 2 and all(isinstance(text, str) for text in turn)
+            if is_spoken and turn[0].lower() in ROLES:
+                # ["user", "…"]
+                messages += read_turn({"role": turn[0], "content": turn[1]}, name, notes)
+                continue
             if len(turn) > 2:
                 raise Skip("wrong type", f"{name} holds {len(turn)} texts together, wanted pairs of question and "
                            "answer")
             messages += [message(speaker, as_text(text, name)) for speaker, text in zip(("user", "assistant"), turn)]
         elif name == "history":
-            raise Skip("wrong type", "history holds texts, wanted pairs of question and answer: [[…, …], …], or messages")
+            raise Skip("wrong type", "history holds texts, wanted pairs of question and answer, or messages")
         else:
             asked = messages and messages[-1]["role"] == "user"
             messages.append(message("assistant" if asked else "user", as_text(turn, name)))
@@ -112,7 +120,7 @@ def read_turn(turn, name, notes, role=None):
     content = first(turn, CONTENT)
     if not {*CONTENT, *CALLS, *REASONING} & set(turn):
         raise Skip("wrong type", f"{name} holds a turn without words, {there(turn)}; wanted {', '.join(CONTENT)}")
-    if speaker == "function_call":
+    if speaker in CALLS:
         content = call_tools(content)
     elif role == "tool" and isinstance(content, (dict, list)):
         content = content if is_parts(content) else as_json(content)
@@ -121,8 +129,11 @@ def read_turn(turn, name, notes, role=None):
     parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
     text = "\n".join(part for part in parts if part)
     # there are answers to learn and answers to read, nothing between
-    weights = [key for key in WEIGHT if str(turn.get(key)).lower() in ("1", "1.0", "true", "0", "0.0", "false")]
-    is_learned = all(str(turn[key]).lower() in ("1", "1.0", "true") for key in weights)
+    weights = [key for key in WEIGHT if str(turn.get(key)).lower() in YES | NO]
+    is_learned = all(str(turn[key]).lower() in YES for key in weights)
+    for key in filled(turn, WEIGHT):
+        if key not in weights and not (NUMBER.fullmatch(str(turn[key])) and float(turn[key]) > 0):
+            raise Skip("unclear mark", f"{name}.{key} is {turn[key]!r}: write 1 (learned) or 0 (not learned)")
     used = {*SPEAKER, *CALLS, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
     if role == "assistant":
         check_marks(turn, used, f"{name}.", "weight")

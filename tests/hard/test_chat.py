@@ -129,6 +129,20 @@ def test_ctrl_c_in_a_real_chat(base, tmp_path):
     assert program.stdout.read() == b"" and b"Traceback" not in program.stderr.read()
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # zh_CN.UTF-8 is strict, C.UTF-8 is not
+def test_half_a_character_ends_no_chat(base, tmp_path, errors):
+    root, _, tok = base
+    chatter = str(root / "typed")
+    make_stage(chatter, tok, "sft")
+    done = subprocess.run(
+        [sys.executable, f"{ROOT}/sample.py", "--chat", f"--out_dir={chatter}", "--device=cpu", "--max_new_tokens=2"],
+        input="春\n夜".encode()[:-1] + f"\n霜\n/save {tmp_path / 'kept.jsonl'}\n".encode(), capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"})
+    assert done.returncode == 0, done.stderr
+    asked = [m["content"] for m in json.loads((tmp_path / "kept.jsonl").read_text())["messages"] if m["role"] == "user"]
+    assert asked == ["春", "\ufffd", "霜"]
+
+
 def test_long_prompts(base, capsys):
     """Of a prompt that the model cannot see whole, the end is kept, and there is room to go on."""
     tok, model = base[2], Script(base[2], "月", max_seq_len=20)

@@ -49,10 +49,20 @@ def test_arguments_of_calls_by_any_name(call):
 
 @pytest.mark.parametrize("call", [
     {"tool": "weather", "tool_input": CITY}, {"function": "weather", "arguments": CITY}, "weather(北京)", ["weather", "北京"],
-    {"name": "weather", "arguments": {}, "parameters": CITY}, {"function": {"name": "weather"}, "city": "北京"},
+    {"name": "weather", "arguments": {}, "parameters": CITY}, {"name": "weather", "tool_input": CITY},
+    {"function": {"name": "weather"}, "city": "北京"},
 ])
 def test_calls_of_another_form_stay_as_they_are(call):
     assert call_tools([call]).split("\n")[1] == (call if isinstance(call, str) else json.dumps(call, ensure_ascii=False))
+
+
+@pytest.mark.parametrize("called,result", [("function_call", "observation"), ("tool_call", "tool_response")])
+def test_turns_that_call_and_return(called, result):
+    call = {"name": "weather", "args": CITY}
+    turns = [{"role": called, "content": call}, {"role": result, "content": "晴"}]
+    got = convert({"messages": [*messages("u:天气？"), *turns, *messages("a:晴天")]}, "sft")[0]
+    assert [m["role"] for m in got] == ["user", "assistant", "tool", "assistant"]
+    assert got[1]["content"] == call_tools([call])
 
 
 def test_tools_lose_nulls_alone():
@@ -79,10 +89,34 @@ EXAM = messages("u:月亮？\nA. 一\nB. 二\nC. 三", "a:B")
     {"question": "月亮？", "option": {"A": "一", "B": "二", "C": "三"}, "answer": "B"},
     {"question": "月亮？", "option_a": "一", "option_b": "二", "option_c": "三", "answer": "B"},
     {"question": "月亮？", "选项A": "一", "选项B": "二", "选项C": "三", "answer": "B"},
+    {"question": "月亮？", "options": [{"key": k, "value": v} for k, v in zip("ABC", "一二三")], "answer": "B"},
 ])
 def test_choices_are_a_part_of_the_question(record):
     got, notes = convert(record, "sft")
     assert got == EXAM and not any(notes.ignored.values())
+
+
+def test_ten_choices_and_words_that_begin_with_their_letter():
+    record = {"question": "Which?", "choices": ["Apple", "Banana", *map(str, range(8))], "answer": "J"}
+    assert convert(record, "sft")[0][0]["content"].split("\n")[1::9] == ["A. Apple", "J. 7"]
+    record["choices"] *= 2
+    assert skipped(record, "sft").startswith("too many choices")
+
+
+@pytest.mark.parametrize("record,hint", [
+    ({"question": "月亮？", "candidates": ["一", "二", "三"], "answer": "B"}, "choices:candidates"),
+    ({"question": "月亮？", "sol1": "一", "sol2": "二", "sol3": "三", "answer": "B"}, "A:sol1,B:sol2,C:sol3"),
+    ({"question": "月亮？", "candidates": ["一", "二", "三"], "chosen": "B", "rejected": "A"}, "choices:candidates"),
+])
+def test_choices_of_an_unknown_name_are_asked_about(record, hint):
+    kind = "pairs" if "chosen" in record else "sft"
+    said = skipped(record, kind)
+    advice = re.findall("--fields=([^ ;]*)", said)
+    assert said.startswith("choices left out") and advice[0].endswith(hint)
+    fields = [[tuple(item.split(":")) for item in each.split(",")] for each in advice]
+    got = [convert(record, kind, each)[0] for each in fields]
+    prompts = [each["prompt"][0] if kind == "pairs" else each[0] for each in got]
+    assert prompts == [EXAM[0], messages("u:月亮？")[0]]
 
 
 def test_choices_are_not_left_out_by_fields():
@@ -93,7 +127,9 @@ def test_choices_are_not_left_out_by_fields():
 
 
 def test_the_number_of_a_choice_is_asked_about():
-    assert "from 0 or from 1?" in skipped({"question": "月亮？", "choices": ["一", "二"], "answer": 1}, "sft")
+    for answer in (1, "1"):
+        assert "from 0 or from 1?" in skipped({"question": "月亮？", "choices": ["一", "二"], "answer": answer}, "sft")
+    assert convert({"question": "一加一？", "choices": ["1", "2"], "answer": "2"}, "sft")[0][1]["content"] == "2"
 
 
 @pytest.mark.parametrize("record,kind", [
@@ -110,6 +146,7 @@ def test_texts_in_a_question_never_take_turns(record, kind):
 def test_nan_in_a_question_is_nothing():
     got, notes = convert({"instruction": "翻译", "input": "nan", "output": "答"}, "sft")
     assert got == messages("u:翻译", "a:答") and notes.cut == {"input that says nan": 1}
+    assert skipped({"instruction": "翻译", "output": "NaN"}, "sft").startswith("empty")
 
 
 def test_history_is_pairs():
@@ -130,6 +167,25 @@ def test_a_question_with_its_answer_is_asked_about(record, leaves):
         assert convert(record, "sft", [tuple(item.split(":")) for item in fields.split(",")])[0] == messages("u:修船\n木板", "a:钉")
 
 
+def test_a_template_beside_its_question_is_asked_about():
+    record = {"instruction": "修船", "prompt": "### 指令：修船\n### 回答：", "output": "钉"}
+    advice = re.findall("--fields=([^ ]*)", skipped(record, "sft"))
+    got = [convert(record, "sft", [tuple(item.split(":")) for item in each.split(",")])[0] for each in advice]
+    assert got == [messages("u:修船", "a:钉"), messages("u:" + record["prompt"], "a:钉")]
+
+
+def test_an_answer_that_goes_on_as_a_transcript():
+    record = {"prompt": "Human: 问\n\nAssistant:", "completion": " 答\n\nHuman: 再问\n\nAssistant: 再答"}
+    assert convert(record, "sft")[0] == messages("u:问", "a:答", "u:再问", "a:再答")
+    record = {"prompt": "问：", "completion": "答：好"}
+    assert convert(record, "sft")[0] == messages("u:问：", "a:答：好")
+
+
+def test_pairs_of_a_role_and_words():
+    record = {"messages": [["user", "问"], ["assistant", "答"], ["user", "再问"], ["assistant", "再答"]]}
+    assert convert(record, "sft")[0] == messages("u:问", "a:答", "u:再问", "a:再答")
+
+
 @pytest.mark.parametrize("record", [
     {"context": "船归磨坊主所有。", "question": "船归谁？", "answer": "磨坊主"},  # a passage holds the answer
     {"instruction": "这句话对吗？对还是错", "output": "错"},
@@ -148,6 +204,26 @@ def test_a_prompt_that_its_answers_do_not_begin_with():
     assert "the prompt is not in what the answer begins with" in skipped(record, "pairs")
 
 
+@pytest.mark.parametrize("more,said", [
+    ({"chosen_score": 1, "rejected_score": 5.0}, "chosen_score is 1, below 5.0"), ({"label": 0}, "label is 0"),
+    ({"flipped": True}, "flipped is True"), ({"is_right": False}, "is_right is False"),
+    ({"margin": 0, "score_chosen": 1.0, "score_rejected": 0.0, "id": 0}, None),
+])
+def test_marks_beside_two_answers(more, said):
+    record = {"prompt": "问", "chosen": "好", "rejected": "坏", **more}
+    if said:
+        assert said in skipped(record, "pairs")
+    else:
+        assert convert(record, "pairs")[0]["answers"] == ["好", "坏"]
+
+
+def test_any_number_in_answers_may_rank_them():
+    answers = [{"text": "坏", "votes": 1, "id": 1}, {"text": "好", "votes": 9, "id": 2}]
+    assert "does the votes in each answer rank them?" in skipped({"prompt": "问", "answers": answers}, "pairs")
+    answers = [{"text": "好", "id": 1}, {"text": "坏", "id": 2}]
+    assert convert({"prompt": "问", "answers": answers}, "pairs")[0]["answers"] == ["好", "坏"]
+
+
 # ---------------------------------------------------------------- marks and speakers
 
 
@@ -157,6 +233,13 @@ def test_answers_marked_by_any_name_are_not_learned(mark):
     turns[1][mark] = 0.0
     turns[3][mark] = 1.0
     assert [m.get("weight") for m in convert({"messages": turns}, "sft")[0]] == [None, 0, None, None]
+
+
+@pytest.mark.parametrize("value", ["off", -100, [0, 1]])
+def test_a_weight_that_is_none_is_asked_about(value):
+    turns = messages("u:问", "a:答")
+    turns[1]["loss"] = value
+    assert f"messages.loss is {value!r}" in skipped({"messages": turns}, "sft")
 
 
 @pytest.mark.parametrize("mark,value", [("is_good", False), ("quality", 0), ("use", "0"), ("masked", True), ("bad", 1)])
@@ -192,6 +275,14 @@ def test_speakers_of_a_transcript():
     assert convert({"text": note}, "sft")[0] == messages("u:你好", "a:好\nNote: 这是答案")
 
 
+def test_who_speaks_in_most_transcripts_is_asked_about(tok_file):
+    write("in/a.jsonl", [{"text": f"User: 第{i}问\nCritic: 不好\nAssistant: 第{i}答\nNote: 完"} for i in range(9)])
+    with pytest.raises(SystemExit, match="who is Critic and Note[?]"):
+        run(tok_file, kind="sft")
+    write("in/a.jsonl", [{"text": f"User: 第{i}问\nAssistant: 第{i}答" + "\nNote: 完" * (i < 4)} for i in range(9)])
+    assert run(tok_file, kind="sft").meta["kept"] == 9
+
+
 # ---------------------------------------------------------------- tables
 
 ROWS = [{"question": "甲问", "answer": "甲答"}, {"question": "乙问", "answer": "乙答"}]
@@ -213,6 +304,17 @@ def test_what_excel_adds(tok_file):
         f.write("sep=;\r\nquestion;answer;\r\n\"问_x000D_\n吗\";答;\r\n;;\r\n;;\r\n")
     folder = run(tok_file, kind="sft", val_fraction=0.0)
     assert folder.meta["read"] == 1 and folder.rows()[0] == render_chat(folder.tok, messages("u:问\n吗", "a:答"))[0]
+
+
+def test_numbers_of_rows_and_rows_of_names(tok_file):
+    with open("in/a.csv", "w") as f:
+        f.write(",question,answer\n0,甲问,甲答\n1,乙问,乙答\n")  # pandas' to_csv()
+    assert run(tok_file, kind="sft").meta["kept"] == 2
+    os.remove("in/a.csv")
+    with open("in/a.json", "w") as f:
+        json.dump([["question", "answer"], ["甲问", "甲答"], ["乙问", "乙答"]], f)
+    meta = run(tok_file, kind="sft").meta
+    assert meta["kept"] == 2 and meta["dropped"] == {"a row of names": 1}
 
 
 def test_two_columns_of_one_name_stop_the_run(tok_file, capsys):
@@ -301,6 +403,10 @@ def test_links_patterns_and_several_paths(tok_file):
 def test_a_txt_of_json_lines(tok_file):
     write("in/a.txt", [{"text": poem} for poem in POEMS])
     assert run(tok_file).all_texts() == sorted(POEMS)
+    with open("in/a.txt", "w") as f:
+        json.dump([{"text": poem} for poem in POEMS], f, indent=1)
+    with pytest.raises(SystemExit, match="JSON in a .txt"):
+        run(tok_file)
 
 
 def test_a_txt_of_an_article_a_line_is_asked_about(tok_file, capsys):
