@@ -49,7 +49,7 @@ def answer_all(model, tokenizer, prompts, temperature, group_size, cfg, env):
     """Continue each prompt (ids) group_size times; return a list of ids an answer, batch_size answers at a time."""
     stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
     size = max(1, cfg.batch_size // group_size)
-    room = model.config.max_seq_len - max(map(len, prompts))
+    room = model.trained_len - max(map(len, prompts))
     answers = []
     for first in range(0, len(prompts), size):
         part = prompts[first:first + size]

@@ -21,6 +21,8 @@ from common.lora import LearnedRows, WithoutAdapters, adapters_of, add_lora, mer
 from configurator import load_config
 from model import ModelConfig, Transformer
 from tokenizer import render_chat
+from tools import export, page
+from tools.engine import Engine
 
 
 def tiny(**changes):
@@ -99,6 +101,12 @@ def test_the_longest_trained_length_travels_with_the_checkpoint(place, tmp_path,
     capsys.readouterr()
     sample.main(sample.Config(out_dir=str(tmp_path / "p"), start="春夜", max_new_tokens=200, device="cpu"))
     assert "the model was trained on rows of up to 32 tokens" in capsys.readouterr().err
+    # what serves it, shows it, and takes it to other programs and back
+    model, tok, _ = load_model(cfg.out_dir)
+    assert Engine(model, [], 1, 1, CPU).room == page.read_run(cfg.out_dir, None)[0]["config"]["max_seq_len"] == 32
+    export.main(export.Config(run=cfg.out_dir, to="hf", out=str(tmp_path / "hf")))
+    export.main(export.Config(from_=str(tmp_path / "hf"), out=str(tmp_path / "back")))
+    assert load_model(str(tmp_path / "back"))[0].trained_len == 32
     run(settings(root, "grpo", str(tmp_path / "g"), init_from=str(tmp_path / "p"), max_steps=1, max_new_tokens=60))
     assert "more than the 32 tokens" in capsys.readouterr().out
 
