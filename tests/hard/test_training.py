@@ -10,6 +10,7 @@ from small_runs import CPU, MOE, make_run, place, refused, run, settings, write_
 import common.distributed
 import dpo
 import grpo
+import prepare
 import pretrain
 import sample
 import sft
@@ -181,6 +182,8 @@ def test_defaults_are_the_papers(place, tmp_path):  # noqa: F811
     (sft, "--epochs=3 --max_steps=5", "max_steps == 0"), (sft, "--lora_alpha=3", "lora_rank"),
     (sft, "--teacher=out/a --teacher_weight=0", "teacher_weight > 0"), (dpo, "--simpo_gamma=1", "loss == 'simpo'"),
     (grpo, "--surrogate=cispo", "ppo_epochs * minibatches > 1"), (grpo, "--clip_high=0.3", "ppo_epochs * minibatches > 1"),
+    (prepare, "--vocab_size=400 --tokenizer=data/a", "not tokenizer"),
+    (prepare, "--talk=a --input=b", "name == 'poems-sft'"),
     (sample, "--top_p=0.5 --temperature=0", "temperature > 0"), (sample, "--system=a", "chat")])
 def test_a_setting_that_changes_nothing_is_refused(stage, words, condition, tmp_path):
     """NEEDS: on the command line and in a file; a file's setting may lose its sense by a word."""
