@@ -22,7 +22,7 @@ from common.lora import LearnedRows, WithoutAdapters, adapters_of, add_lora, mer
 from configurator import load_config
 from model import ModelConfig, Transformer
 from tokenizer import render_chat
-from tools import export, page
+from tools import evaluate, export, page
 from tools.engine import Engine
 
 
@@ -184,6 +184,8 @@ def test_defaults_are_the_papers(place, tmp_path):  # noqa: F811
     (grpo, "--surrogate=cispo", "ppo_epochs * minibatches > 1"), (grpo, "--clip_high=0.3", "ppo_epochs * minibatches > 1"),
     (prepare, "--vocab_size=400 --tokenizer=data/a", "not tokenizer"),
     (prepare, "--talk=a --input=b", "name == 'poems-sft'"),
+    (evaluate, "--what=pairs --shots=5", "what in ('ceval', 'cmmlu')"),
+    (grpo, "--teacher=a --no_eos_penalty=2", "not teacher"),
     (sample, "--top_p=0.5 --temperature=0", "temperature > 0"), (sample, "--system=a", "chat")])
 def test_a_setting_that_changes_nothing_is_refused(stage, words, condition, tmp_path):
     """NEEDS: on the command line and in a file; a file's setting may lose its sense by a word."""
@@ -207,6 +209,7 @@ def test_a_shape_beside_init_from_must_be_its_own(place, tmp_path):  # noqa: F81
     root, _ = place
     words = refused(settings(root, "pretrain", str(tmp_path / "out"), init_from="base", dim=64, max_seq_len=256, hidden_dim=0))
     assert "{'dim': 64" in words and "would change nothing" in words
+    assert "is a reward model" in refused(settings(root, "pretrain", str(tmp_path / "out"), init_from="reward"))
 
 
 def test_the_critic_may_not_warm_up_for_the_whole_run(place, tmp_path):  # noqa: F811
