@@ -104,6 +104,7 @@ class Config:
 
 # settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
+    "no_eos_penalty": "not teacher",
     "turns": "environment",
     "clip": "ppo_epochs * minibatches > 1",
     "clip_high": "ppo_epochs * minibatches > 1",

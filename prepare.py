@@ -68,6 +68,16 @@ class Config:
     show: Whole = 0  # examples to print at the end (0: three); alone, those of an existing folder
 
 
+# settings that change nothing unless this holds
+NEEDS = {
+    "poetry": "not input",
+    "talk": "name == 'poems-sft' and not input",
+    "min_length": "kind == 'text'",
+    "max_length": "kind != 'text' or not input",
+    "vocab_size": "not tokenizer",
+    "max_piece_length": "not tokenizer"}
+
+
 DATA = "data"
 LONG = 1_000_000  # characters: a longer text is not read at once
 PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}

@@ -133,6 +133,7 @@ def make_model(cfg, tokenizer, env):
     base = None
     if cfg.init_from:
         base = load_checkpoint(cfg.init_from)
+        check(base["stage"] != "reward", f"{cfg.init_from} is a reward model: it scores answers and writes none")
         check(base["fingerprint"] == tokenizer.fingerprint and not base.get("lora"), f"{cfg.init_from} has another "
               f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
               "merge adapters with python -m tools.export --to=merged")

@@ -102,8 +102,9 @@ def chat_prompt(tokenizer, question):
 
 
 def answer_all(model, tokenizer, prompts, temperature, cfg, env):
-    """Continue all prompts (ids) by up to 256 tokens, batch by batch; return the new ids, stop tokens among them."""
-    room = model.config.max_seq_len - max(map(len, prompts))
+    """Continue all prompts (ids) by up to 256 tokens, as far as the model was trained, batch by batch; return the new
+    ids, stop tokens among them."""
+    room = model.trained_len - max(map(len, prompts))
     stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
     new = []
     for i in range(0, len(prompts), cfg.batch_size):
@@ -123,8 +124,8 @@ def ask(model, tokenizer, questions, temperature, cfg, env):
 
 @torch.no_grad()
 def logps_of(model, documents, pad_id, env, temperature=1.0):
-    """Summed log-prob of the learned tokens of each document (ids, mask), as far as the model sees it."""
-    room = model.config.max_seq_len
+    """Summed log-prob of the learned tokens of each document (ids, mask), as far as the model was trained."""
+    room = model.trained_len + 1
     documents = [(ids[:room], mask[:room]) for ids, mask in documents]
     sums, _ = answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env, temperature)
     return sums.tolist()
@@ -263,7 +264,7 @@ def measure_sft(model, tokenizer, folder, cfg, env):
     n_bytes = 0
     for i in range(len(val)):
         ids, mask = val.document(i)
-        if len(ids) > model.config.max_seq_len:
+        if len(ids) > model.trained_len + 1:
             continue
         documents.append((ids, mask))
         n_tokens += int(mask.sum())

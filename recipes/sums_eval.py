@@ -1,11 +1,13 @@
 """
 What the runs on sums are measured by: python -m tools.evaluate sums --runs=out/sums-sft,out/sums-grpo
 
-in: --input=data/raw/sums/test.jsonl, lines of {"digits", "prompt", "answer"}; runs of sft.py or grpo.py
+in: --input=data/raw/sums/test.jsonl (or tools-test.jsonl), lines of {"digits", "prompt", "answer"}; runs of sft.py or
+    grpo.py. A turn that calls the calculator is answered, and the model goes on
 
 For each number of digits:
     greedy          right answers, at temperature 0
     greedy_thinks   answers that think first;  greedy_length: their tokens
+    greedy_calls    calls of the calculator a question;  copied: those that ask for just what the question asks
     pass@k          at temperature 1: questions of which one of k answers is right, estimated from --samples answers each
                     to the first --n_sums questions (Chen et al. 2021, eq. 1)
     thinks, length, entropy     of these samples; entropy in nats per token, -log p of what was sampled
@@ -15,18 +17,27 @@ Intervals of pass@k are those of a share of so many questions: too wide rather t
 from 0 to 1 varies at most as much as a share.
 """
 import json
+from dataclasses import dataclass
 from math import comb
 
 import torch
 
 from common.data import pad
-from common.generate import generate
 from common.loss import answer_logps
+from common.rollout import rollout
 from configurator import check
-from recipes.sums import said
+from recipes.sums import called, calculator, said
 from tokenizer import render_chat
 
 AT = (1, 4, 16, 64)
+
+
+@dataclass
+class Sampling:
+    """What rollout() asks of a Config."""
+    temperature: float
+    max_new_tokens: int
+    turns: int = 2
 
 
 def pass_at(k, n, c):
@@ -45,43 +56,47 @@ def read_tests(path):
     return tests
 
 
-def answer_all(model, tokenizer, prompts, temperature, group_size, cfg, env):
-    """Continue each prompt (ids) group_size times; return a list of ids an answer, batch_size answers at a time."""
-    stop_ids = [tokenizer.im_end_id, tokenizer.eot_id]
-    size = group_size * max(1, cfg.batch_size // group_size)
-    room = model.config.max_seq_len - max(map(len, prompts))
-    rows = [prompts[row // group_size] for row in range(len(prompts) * group_size)]
-    answers = []
-    for first in range(0, len(rows), size):
-        part = rows[first:first + size]
-        with env.autocast():
-            answers += generate(
-                model,
-                part,
-                min(room, 128),
-                temperature=temperature,
-                stop_ids=stop_ids,
-                pad_id=tokenizer.pad_id,
-                seed=cfg.seed + first)
-    return answers
+def answer_all(model, tokenizer, prompts, temperature, n_answers, cfg, env):
+    """Answer each prompt (ids) n_answers times, batch_size at a time; return documents [(ids, mask)] and their texts."""
+    sampling = Sampling(temperature, min(128, model.trained_len - max(map(len, prompts))))
+    rows = [prompt for prompt in prompts for _ in range(n_answers)]
+    documents = []
+    for first in range(0, len(rows), cfg.batch_size):
+        part = rows[first:first + cfg.batch_size]
+        documents += rollout(model, part, sampling, tokenizer, cfg.seed + first, env, calculator)
+    texts = []
+    for ids, mask in documents:
+        ids = ids[mask.index(1):]
+        # without the token that ends it; those between two turns are shown
+        texts.append(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.im_end_id else ids))
+    return documents, texts
+
+
+def learned(documents):
+    """Tokens that the model said itself, of all documents."""
+    return sum(sum(mask) for _, mask in documents)
 
 
 def greedy_part(model, tokenizer, records, prompts, cfg, env):
     """Measures at temperature 0."""
-    answers = answer_all(model, tokenizer, prompts, 0, 1, cfg, env)
-    result = {"greedy": [], "greedy_thinks": []}
+    documents, texts = answer_all(model, tokenizer, prompts, 0, 1, cfg, env)
+    right = []
+    copied = []
     wrong = []
-    for record, ids in zip(records, answers):
-        text = tokenizer.decode(ids, skip_special=True)
-        right = said(text) == record["answer"]
-        result["greedy"].append(right)
-        result["greedy_thinks"].append("</think>" in text)
-        if not right:
+    for record, text in zip(records, texts):
+        right.append(said(text) == record["answer"])
+        if "<tool_call>" in text:
+            copied.append(f"{called(text)}=?" == record["prompt"])
+        if not right[-1]:
             wrong.append(f"{record['prompt']} wrong:\n{text}")
-    result["greedy_length"] = sum(map(len, answers)) / len(answers)
-    text = tokenizer.decode(answers[0], skip_special=True)
-    first = f"{records[0]['prompt']}\n{text}"
-    result["examples"] = "\n\n".join([first, *wrong[:1]])
+    result = {
+        "greedy": right,
+        "greedy_thinks": ["</think>" in text for text in texts],
+        "greedy_length": learned(documents) / len(documents)}
+    if copied:
+        result["greedy_calls"] = sum(text.count("<tool_call>") for text in texts) / len(texts)
+        result["copied"] = copied
+    result["examples"] = "\n\n".join([f"{records[0]['prompt']}\n{texts[0]}", *wrong[:1]])
     return result
 
 
@@ -89,18 +104,9 @@ def greedy_part(model, tokenizer, records, prompts, cfg, env):
 def sampled_part(model, tokenizer, records, prompts, cfg, env):
     """Measures at temperature 1, cfg.samples answers to each question."""
     N = cfg.samples
-    answers = answer_all(model, tokenizer, prompts, 1.0, N, cfg, env)
-    right = []
-    thought = []
-    documents = []
-    for number, ids in enumerate(answers):
-        record = records[number // N]
-        prompt = prompts[number // N]
-        text = tokenizer.decode(ids, skip_special=True)
-        right.append(said(text) == record["answer"])
-        thought.append("</think>" in text)
-        mask = [0] * len(prompt) + [1] * len(ids)
-        documents.append((prompt + ids, mask))
+    documents, texts = answer_all(model, tokenizer, prompts, 1.0, N, cfg, env)
+    right = [said(text) == records[row // N]["answer"] for row, text in enumerate(texts)]
+    thought = ["</think>" in text for text in texts]
     # how many of its N answers are right, question by question
     counts = [sum(right[i:i + N]) for i in range(0, len(right), N)]
     result = {}
@@ -108,7 +114,7 @@ def sampled_part(model, tokenizer, records, prompts, cfg, env):
         if k <= N:
             result[f"pass@{k}"] = [pass_at(k, N, c) for c in counts]
     result["thinks"] = sum(thought) / len(thought)
-    result["length"] = sum(map(len, answers)) / len(answers)
+    result["length"] = learned(documents) / len(documents)
     # surprise at its own answers: 0 where it would always say the same
     nats = 0.0
     for first in range(0, len(documents), cfg.batch_size):
@@ -116,7 +122,7 @@ def sampled_part(model, tokenizer, records, prompts, cfg, env):
         ids, mask = pad(part, tokenizer.pad_id, env.device)
         logps, _ = answer_logps(model, model.head_weight, ids, mask, env)
         nats -= logps.sum().item()
-    result["entropy"] = nats / sum(map(len, answers))
+    result["entropy"] = nats / learned(documents)
     for name, kind in (("thinking_right", True), ("plain_right", False)):
         hits = [ok for ok, think in zip(right, thought) if think == kind]
         if hits:

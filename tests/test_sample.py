@@ -4,6 +4,7 @@ import os
 import pytest
 from small_runs import make_run
 
+from common.checkpoint import load_model
 from sample import Config, fit, main
 from tokenizer import render_chat
 
@@ -36,6 +37,17 @@ def test_seeds_greedy_and_num_samples(place, capsys):
     five = sampled(root, capsys, seed=1, num_samples=5)
     assert five.startswith(one + "\n") and five.count(one) == 1 and five.count("春夜月") == 5
     assert five == sampled(root, capsys, seed=1, num_samples=5, batch_size=2)  # a sample depends on its number alone
+
+
+def test_a_long_prompt_takes_no_room_from_the_others_of_its_batch(place, tmp_path, capsys):
+    root, tok = place
+    room = load_model(f"{root}/base")[0].trained_len
+    lines = ["春夜", "月" * (room - 4)]
+    assert room - 3 <= len(tok.encode_start(lines[1])) < room
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    alone = sampled(root, capsys, start=lines[0], num_samples=2)
+    both = sampled(root, capsys, start="", prompts=str(tmp_path / "lines.txt"))
+    assert both.startswith(alone.split("\n\n")[0])
 
 
 def test_newest_run_of_the_right_kind(runs, capsys):

@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
 class Row:
     """One answer in the making."""
     prompt: list                     # token ids
-    max_new_tokens: int              # with the prompt no more than the model's max_seq_len
+    max_new_tokens: int              # with the prompt no more than the engine's room
     sampling: Sampling
     uniforms: list                   # a number in [0, 1) for each new token
     top_logprobs: int                # how many likeliest tokens to report; -1: no log-probs at all
@@ -78,7 +78,7 @@ class Engine:
         self.slots = slots
         self.capacity = slots + queue
         self.env = env
-        self.room = model.config.max_seq_len
+        self.room = model.trained_len               # tokens of a row; positions further on mean nothing to it
         self.rows = []                              # rows[i] is row i of the cache
         self.waiting = collections.deque()
         self.changed = threading.Condition()        # held by whoever changes what rows there are

@@ -64,6 +64,7 @@ def write_run(model, tok, stage, folder):
         "step": 0,
         "model": model.state_dict(),
         "model_config": dataclasses.asdict(model.config),
+        "trained_len": model.trained_len,
         "config": {},
         "lora": None,
         "fingerprint": tok.fingerprint,

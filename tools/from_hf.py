@@ -2,6 +2,7 @@
 A folder of transformers as a model of ours: read_hf(folder) -> (Transformer, Tokenizer, stage).
 """
 import glob
+import math
 import os
 
 import torch
@@ -84,6 +85,8 @@ def read_hf(folder):
         print(f"note: {config.vocab_size - known_rows} tokens are new to this model, among them "
               f"{tok.special_names[config.vocab_size - 1]}: train it with sft.py before you chat with it")
 
+    settings = read_json(folder, "tokenizer_config.json")
+    model.trained_len = int(min(settings.get("model_max_length") or math.inf, config.max_seq_len))
     # a model whose texts end with <|im_end|> has learned to chat
-    eos = text_of(read_json(folder, "tokenizer_config.json").get("eos_token"))
+    eos = text_of(settings.get("eos_token"))
     return model.eval(), tok, "sft" if eos == "<|im_end|>" else "pretrain"

@@ -107,6 +107,7 @@ def read_run(path, fingerprint):
     else:
         model, tok, _ = load_model(path)                    # adapters merged in
         check(fingerprint in (None, tok.fingerprint), f"{path} has another vocabulary than the first run")
+        config = {**config, "max_seq_len": model.trained_len}  # the page goes no further than it has learned
     n_parameters = sum(p.numel() for p in model.parameters())
     check(n_parameters <= LARGEST, f"{path} has {n_parameters / 1e6:,.0f} M parameters: the page is for models of up "
           f"to {LARGEST / 1e6:.0f} M, which a browser can compute")

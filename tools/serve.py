@@ -54,7 +54,7 @@ class Config:
     host: str = "127.0.0.1"          # this machine alone; 0.0.0.0: whoever can reach it
     port: Whole = 8000
     api_key: str = ""                # if set, clients must send it
-    slots: Count = 16                # answers decoded at once; each holds keys and values of max_seq_len tokens
+    slots: Count = 16                # answers decoded at once; each holds keys and values of the longest row
     queue: Whole = 64                # more answers that may wait; beyond them a client gets 429
     max_tokens: Count = 512          # of an answer, where a request names no number
     temperature: NonNegative = 0.8   # where a request names none
@@ -181,7 +181,7 @@ class Service:
             self.too_long(f"{size:,} bytes")
 
     def too_long(self, size):
-        message = f"the prompt has {size}, but the model sees {self.engine.room} tokens, answer included"
+        message = f"the prompt has {size}, but the model was trained on rows of up to {self.engine.room}, answer included"
         raise Refused(400, message, code="context_length_exceeded")
 
     def rows(self, job, body, prompt, top_logprobs):

@@ -74,9 +74,9 @@ def gguf_tensors(model):
             yield f"blk.{layer}.ffn_down_exps.weight", block.ffn.down.detach().transpose(1, 2)
 
 
-def add_gguf_config(writer, config, gguf):
+def add_gguf_config(writer, config, trained_len, gguf):
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_seq_len)
+    writer.add_context_length(trained_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(config.hidden_dim)
@@ -139,7 +139,7 @@ def write_gguf(model, tok, stage, path, dtype="f32"):
     writer = gguf.GGUFWriter(path, gguf_architecture(model.config))
     writer.add_name("mingyue")
     writer.add_file_type(file_type)
-    add_gguf_config(writer, model.config, gguf)
+    add_gguf_config(writer, model.config, model.trained_len, gguf)
     add_gguf_vocabulary(writer, tok, model.config.vocab_size, stage)
     for name, tensor in gguf_tensors(model):
         values = tensor.float().contiguous().numpy()

@@ -65,7 +65,7 @@ def opening_ids(tok, stage):
     return tok.start_ids if stage == "pretrain" else []
 
 
-def write_tokenizer(tok, folder, max_seq_len, stage):
+def write_tokenizer(tok, folder, trained_len, stage):
     """Write tokenizer.json and the chat template; and tokenizer.model, where other programs know it."""
     start = opening_ids(tok, stage)
     theirs = tokenizer_json(tok, start)     # first: a vocabulary that cannot be exported leaves no folder behind
@@ -73,7 +73,7 @@ def write_tokenizer(tok, folder, max_seq_len, stage):
     end = tok.special_names[tok.eot_id]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
+        "model_max_length": trained_len,     # may be less than config.json allows
         "bos_token": tok.special_names[start[0]] if len(start) == 1 else None,
         "eos_token": end if stage == "pretrain" else "<|im_end|>",
         "pad_token": "<|pad|>",
@@ -117,7 +117,7 @@ def config_and_weights(model, tok, stage):
 def write_hf(model, tok, stage, folder):
     """Write a Transformer as a folder of transformers."""
     config, weights = config_and_weights(model, tok, stage)
-    write_tokenizer(tok, folder, model.config.max_seq_len, stage)
+    write_tokenizer(tok, folder, model.trained_len, stage)
     write_json(folder, "config.json", config)
     write_json(folder, "generation_config.json", end_ids(tok, stage))
     write_safetensors(folder, "model.safetensors", weights)
@@ -189,7 +189,7 @@ def run_folder(path):
 
 def write_peft(path, folder):
     """Write the adapters of a LoRA run, and the model they belong to as folder/base."""
-    _, tok, checkpoint = load_model(path)    # also makes sure that the base is still the one that was trained on
+    model, tok, checkpoint = load_model(path)    # also makes sure that the base is still the one that was trained on
     lora = checkpoint.get("lora")
     check(lora, f"{path} has no adapters: it was trained without --lora_rank. Export it with --to=hf")
     base, _, _ = load_model(os.path.normpath(os.path.join(run_folder(path), lora["base"])))
@@ -197,7 +197,7 @@ def write_peft(path, folder):
     tables = [name.split(".")[-3] for name in adapters if "token_adapter" in name]     # embed_tokens, lm_head
     base_folder = os.path.join(folder, "base")
     write_hf(base, tok, checkpoint["stage"], base_folder)
-    write_tokenizer(tok, folder, base.config.max_seq_len, checkpoint["stage"])
+    write_tokenizer(tok, folder, model.trained_len, checkpoint["stage"])
     write_safetensors(folder, "adapter_model.safetensors", adapters)
     write_json(folder, "adapter_config.json", {
         "peft_type": "LORA",

@@ -10,6 +10,7 @@ from small_runs import CPU, MOE, make_run, place, refused, run, settings, write_
 import common.distributed
 import dpo
 import grpo
+import prepare
 import pretrain
 import sample
 import sft
@@ -21,6 +22,8 @@ from common.lora import LearnedRows, WithoutAdapters, adapters_of, add_lora, mer
 from configurator import load_config
 from model import ModelConfig, Transformer
 from tokenizer import render_chat
+from tools import evaluate, export, page
+from tools.engine import Engine
 
 
 def tiny(**changes):
@@ -99,6 +102,12 @@ def test_the_longest_trained_length_travels_with_the_checkpoint(place, tmp_path,
     capsys.readouterr()
     sample.main(sample.Config(out_dir=str(tmp_path / "p"), start="春夜", max_new_tokens=200, device="cpu"))
     assert "the model was trained on rows of up to 32 tokens" in capsys.readouterr().err
+    # what serves it, shows it, and takes it to other programs and back
+    model, tok, _ = load_model(cfg.out_dir)
+    assert Engine(model, [], 1, 1, CPU).room == page.read_run(cfg.out_dir, None)[0]["config"]["max_seq_len"] == 32
+    export.main(export.Config(run=cfg.out_dir, to="hf", out=str(tmp_path / "hf")))
+    export.main(export.Config(from_=str(tmp_path / "hf"), out=str(tmp_path / "back")))
+    assert load_model(str(tmp_path / "back"))[0].trained_len == 32
     run(settings(root, "grpo", str(tmp_path / "g"), init_from=str(tmp_path / "p"), max_steps=1, max_new_tokens=60))
     assert "more than the 32 tokens" in capsys.readouterr().out
 
@@ -173,6 +182,10 @@ def test_defaults_are_the_papers(place, tmp_path):  # noqa: F811
     (sft, "--epochs=3 --max_steps=5", "max_steps == 0"), (sft, "--lora_alpha=3", "lora_rank"),
     (sft, "--teacher=out/a --teacher_weight=0", "teacher_weight > 0"), (dpo, "--simpo_gamma=1", "loss == 'simpo'"),
     (grpo, "--surrogate=cispo", "ppo_epochs * minibatches > 1"), (grpo, "--clip_high=0.3", "ppo_epochs * minibatches > 1"),
+    (prepare, "--vocab_size=400 --tokenizer=data/a", "not tokenizer"),
+    (prepare, "--talk=a --input=b", "name == 'poems-sft'"),
+    (evaluate, "--what=pairs --shots=5", "what in ('ceval', 'cmmlu')"),
+    (grpo, "--teacher=a --no_eos_penalty=2", "not teacher"),
     (sample, "--top_p=0.5 --temperature=0", "temperature > 0"), (sample, "--system=a", "chat")])
 def test_a_setting_that_changes_nothing_is_refused(stage, words, condition, tmp_path):
     """NEEDS: on the command line and in a file; a file's setting may lose its sense by a word."""
@@ -196,6 +209,7 @@ def test_a_shape_beside_init_from_must_be_its_own(place, tmp_path):  # noqa: F81
     root, _ = place
     words = refused(settings(root, "pretrain", str(tmp_path / "out"), init_from="base", dim=64, max_seq_len=256, hidden_dim=0))
     assert "{'dim': 64" in words and "would change nothing" in words
+    assert "is a reward model" in refused(settings(root, "pretrain", str(tmp_path / "out"), init_from="reward"))
 
 
 def test_the_critic_may_not_warm_up_for_the_whole_run(place, tmp_path):  # noqa: F811
