@@ -30,6 +30,8 @@ class ModelConfig:
     hidden_dim: int = 0           # width of the feed-forward layer; 0: 8/3 dim, rounded up to a multiple of 64
     max_seq_len: int = 1024
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0      # YaRN: sees so many times the tokens it was first trained on; 1: plain RoPE
+    rope_original_len: int = 0    # YaRN: those tokens
     norm_eps: float = 1e-5
     tie_embeddings: bool = True   # input and output embedding are one matrix
     qkv_bias: bool = False        # Qwen, Qwen2
@@ -52,6 +54,8 @@ class ModelConfig:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
+        if self.rope_factor < 1 or self.rope_factor > 1 and not self.rope_original_len:
+            raise ValueError(f"rope_factor={self.rope_factor} must be 1, or more with a rope_original_len above 0")
         if self.n_experts:
             if not self.expert_hidden_dim:
                 together = self.n_active_experts + self.n_shared_experts
@@ -66,32 +70,43 @@ class ModelConfig:
 def matmul_dtype(x):
     """Return the dtype in which matmuls with x are made: under autocast its own (bf16, fp16), else that of x."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ---------------------------------------------------------------------------- positions
 
 
 def rope_table(config):
-    """Return cos and sin of every position's angles, each (max_seq_len, D/2): position * theta^(-2i/D)
-    (RoFormer, eq. 15)."""
+    """Return cos and sin of every position's angles, each (max_seq_len, D/2): position * frequency_i, with
+    frequency_i = theta^(-2i/D) (RoFormer, eq. 15). With rope_factor s > 1 it is YaRN's (arXiv 2309.00071, sec. 3):
+
+        frequency_i = theta^(-2i/D) * (1 - ramp_i + ramp_i / s)        cos and sin grow by the factor 0.1 ln(s) + 1
+
+    ramp_i rises from 0 for the pair that turns 32 times in rope_original_len tokens to 1 for the one that turns once.
+    """
     # like the hands of a clock: pair 0 turns by 1 radian a token, later pairs slower, the last by about 1 / theta
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim     # (D/2)
     frequency = config.rope_theta ** -exponent
+    scale = 1.0
+    if config.rope_factor > 1:
+        # fast pairs tell near tokens apart: they stay. Slow ones would come to angles never seen: they slow down by s.
+        # All scores grow by scale^2, or softmax over so many more keys would be flatter than what was trained
+        pairs_per_log = config.head_dim / 2 / math.log(config.rope_theta)
+        low = max(0, math.floor(pairs_per_log * math.log(config.rope_original_len / (2 * math.pi * 32))))
+        high = max(low + 0.001, math.ceil(pairs_per_log * math.log(config.rope_original_len / (2 * math.pi))))
+        ramp = ((torch.arange(len(frequency), device="cpu") - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (1 - ramp + ramp / config.rope_factor)
+        scale = 0.1 * math.log(config.rope_factor) + 1
     positions = torch.arange(config.max_seq_len, device="cpu").float()
     angle = torch.outer(positions, frequency)                                      # (max_seq_len, D/2)
-    return angle.cos(), angle.sin()
+    return scale * angle.cos(), scale * angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (layout of transformers)."""
     # (x1, x2) is a point of the plane; the usual rotation matrix turns it and keeps its length
     x1, x2 = x.chunk(2, dim=-1)
-    turned = torch.cat([
-        x1 * cos - x2 * sin,
-        x2 * cos + x1 * sin], dim=-1)
+    turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     return turned.to(x.dtype)
 
 
@@ -113,9 +128,7 @@ def positions_and_mask(ids, docs=None, cache=None):
         if cache.filled:
             # decoding: one new token a row sees all keys before it, except the padding on its left
             positions = (cache.length - cache.pad).unsqueeze(1)                    # (B, 1)
-            mask = None
-            if cache.ragged:
-                mask = cache.is_token(cache.length + 1)[:, None, None]             # (B, 1, 1, keys)
+            mask = cache.is_token(cache.length + 1)[:, None, None] if cache.ragged else None  # (B, 1, 1, keys)
             return positions, mask
         if cache.ragged:
             # prompts of different lengths: padding is document 0, the prompt document 1
@@ -133,11 +146,8 @@ class KVCache:
     def __init__(self, config, pad, max_len, dtype):
         # a token's keys and values never change once they are computed: with them kept, a new token costs one column
         shape = (len(pad), config.n_kv_heads, max_len, config.head_dim)
-        self.k = []
-        self.v = []
-        for _ in range(config.n_layers):
-            self.k.append(torch.zeros(shape, dtype=dtype, device=pad.device))
-            self.v.append(torch.zeros(shape, dtype=dtype, device=pad.device))
+        self.k = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
         self.pad = pad
         self.ragged = bool(pad.any())
         self.length = 0
@@ -191,17 +201,13 @@ def attend(q, k, v, mask):
         queries = q.view(B, K, H // K, D)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
         return y.view(B, H, 1, D)
-    if K != H and q.is_cuda and needs_own_keys(q.device, mask):
+    if K != H and q.is_cuda and (mask is not None or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        # no fused CUDA kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel all
+        # T x S scores would lie in memory, so the keys are copied instead
         k = k.repeat_interleave(H // K, dim=1)
         v = v.repeat_interleave(H // K, dim=1)
         K = H
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K != H)
-
-
-def needs_own_keys(device, mask):
-    """No fused CUDA kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel all
-    T x S scores would lie in memory, so the keys are copied instead."""
-    return mask is not None or torch.cuda.get_device_capability(device) < (8, 0)
 
 
 class Attention(nn.Module):
@@ -294,9 +300,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         # buffers follow the model to its device; these two are not saved, as they can be computed again. They are made
         # on the CPU also when the rest is made on the meta device, that is, without memory (sharding.py)
         cos, sin = rope_table(config)
@@ -380,8 +384,7 @@ class ScalarModel(nn.Module):
         self.trunk = Transformer(config)
         self.trunk.lm_head = None
         self.head = nn.Linear(config.dim, 1)
-        # Stiennon et al. 2020, appendix B.1
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))  # Stiennon et al. 2020, appendix B.1
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, docs=None):
@@ -410,9 +413,8 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(E, config.dim, 2 * W))
         self.down = nn.Parameter(torch.empty(E, W, config.dim))
         # experts that every token passes are one wider FeedForward
-        self.shared = None
-        if config.n_shared_experts:
-            self.shared = FeedForward(config.dim, W * config.n_shared_experts)
+        shared = config.n_shared_experts
+        self.shared = FeedForward(config.dim, W * shared) if shared else None
         self.register_buffer("bias", torch.zeros(E, device="cpu"))
         # tokens an expert got since the last update
         self.register_buffer("load", torch.zeros(E, device="cpu"), persistent=False)
@@ -435,14 +437,13 @@ class MoE(nn.Module):
         order = expert.argsort(stable=True)
         experts = torch.arange(len(self.bias), device=x.device)
         is_sent = expert[:, None] == experts                                       # (N*k, E)
-        count = is_sent.sum(0)                                                     # (E)
         if torch.is_grad_enabled():
             # the load to keep even is that of real tokens; padding, all alike, would fill an expert of its own
             if real is not None:
                 is_sent = is_sent & real.reshape(-1, 1).repeat_interleave(self.k, dim=0)
             self.load += is_sent.sum(0)
         # one grouped matmul for all experts: block i of the rows times matrix i
-        block_ends = count.cumsum(0).to(torch.int32)
+        block_ends = is_sent.sum(0).cumsum(0).to(torch.int32)                      # (E)
         dtype = matmul_dtype(x)
         rows = x[order // self.k].to(dtype)                                        # (N*k, C)
         both = grouped_matmul(rows, self.gate_up.to(dtype), block_ends)           # (N*k, 2W)

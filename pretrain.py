@@ -4,6 +4,7 @@ Pretraining: learn to continue text, from random weights.
     python pretrain.py config/poems.py
     torchrun --standalone --nproc_per_node=4 pretrain.py config/baby.py
     python pretrain.py --init_from=out/baby --data_dir=data/law --out_dir=out/baby-law --lr=1e-4    # go on
+    python pretrain.py --init_from=out/poems --data_dir=data/poems --out_dir=out/poems-512 --rope_factor=4 --lr=1e-3
     python -m tools.estimate config/baby.py                    # what it takes: parameters, memory, hours
 
 in:  data/<name>/ from prepare.py (train.bin, val.bin, meta.json, tokenizer.model)
@@ -53,6 +54,7 @@ class Config:
     hidden_dim: Whole = 0          # 0: 8/3 dim
     max_seq_len: Count = 512       # tokens the model can ever see at once
     rope_theta: Positive = 10000.0
+    rope_factor: Positive = 1.0    # YaRN: see so many times the longest row that init_from was trained on
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -93,6 +95,7 @@ class Config:
 
 # settings that change nothing unless this holds
 NEEDS = {
+    "rope_factor": "init_from",
     "adam_lr": "optimizer == 'muon'",
     "momentum": "optimizer == 'muon'",
     "n_active_experts": "n_experts",
@@ -129,7 +132,8 @@ def model_config(cfg, vocab_size):
 
 
 def make_model(cfg, tokenizer, env):
-    """Return a model in the shape that cfg describes, with random weights; with cfg.init_from that run's, as it is."""
+    """Return a model in the shape that cfg describes, with random weights; with cfg.init_from that run's, as it is, or
+    with cfg.rope_factor seeing more tokens."""
     base = None
     if cfg.init_from:
         base = load_checkpoint(cfg.init_from)
@@ -137,9 +141,20 @@ def make_model(cfg, tokenizer, env):
         check(base["fingerprint"] == tokenizer.fingerprint and not base.get("lora"), f"{cfg.init_from} has another "
               f"tokenizer than {cfg.data_dir}, or holds adapters. Prepare the text with --tokenizer={cfg.init_from}; "
               "merge adapters with python -m tools.export --to=merged")
-        shape = base["model_config"]
+        shape = dict(base["model_config"])
+        trained_len = base.get("trained_len") or shape["max_seq_len"]
+        if cfg.rope_factor != 1:
+            # YaRN: the same weights see more tokens than they were trained on
+            length = shape.get("rope_original_len") or trained_len
+            sees = int(length * cfg.rope_factor)
+            check(sees >= trained_len, f"rope_factor={cfg.rope_factor} times {length} is {sees} tokens, fewer than the "
+                  f"{trained_len} that {cfg.init_from} was trained on. Raise it")
+            shape.update(rope_factor=cfg.rope_factor, rope_original_len=length, max_seq_len=sees)
+            if env.is_main:
+                print(f"{cfg.init_from} was trained on rows of up to {trained_len} tokens, and sees {sees} from now on")
         other = {key: value for key, value in changed(cfg).items() if shape.get(key, value) != value}
-        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape")
+        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape; "
+              "what it sees grows with --rope_factor alone")
         config = ModelConfig(**shape)
     else:
         config = model_config(cfg, tokenizer.vocab_size)
@@ -150,7 +165,7 @@ def make_model(cfg, tokenizer, env):
     model.trained_len = 0  # tokens of the longest row it has learned from
     if base:
         model.load_state_dict(base["model"], strict=True, assign=True)
-        model.trained_len = base.get("trained_len") or config.max_seq_len
+        model.trained_len = trained_len
     return model
 
 

@@ -111,7 +111,7 @@ def find(stage, same, cfg, env, model, tokenizer):
 
 def identity(settings, same, model_config, lora, fingerprint):
     """Return what makes a run this run: {name: value}."""
-    facts = {**model_config, "lora": lora, "tokenizer": fingerprint[:12]}
+    facts = {**vars(ModelConfig(**model_config)), "lora": lora, "tokenizer": fingerprint[:12]}
     for name in same:
         value = settings.get(name)
         # one folder can be spelled in several ways

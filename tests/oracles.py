@@ -17,6 +17,7 @@ KINDS = {
     "llama_gqa": dict(n_heads=8, n_kv_heads=2, tie_embeddings=False, rope_theta=500000.0, norm_eps=1e-6),
     "qwen2": dict(n_kv_heads=2, qkv_bias=True, rope_theta=1e6, norm_eps=1e-6),
     "qwen3": dict(n_kv_heads=2, qk_norm=True, head_dim=16, norm_eps=1e-6),
+    "yarn": dict(n_kv_heads=2, qk_norm=True, head_dim=16, rope_theta=100.0, rope_factor=4.0, rope_original_len=24),
     "dots1": dict(n_kv_heads=2, qk_norm=True, tie_embeddings=False, n_layers=3, n_experts=8, n_active_experts=3,
                   n_shared_experts=2, expert_hidden_dim=16, first_dense=1, route_scale=2.5),
 }

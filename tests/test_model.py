@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from oracles import C, KINDS, T, V, config_of, random_model, twin
 
 from common.loss import cross_entropy
-from model import KVCache, ModelConfig, ScalarModel, Transformer
+from model import KVCache, ModelConfig, ScalarModel, Transformer, rope_table
+from tools.hf_names import hf_config
 
 
 def largest(difference):
@@ -30,9 +31,26 @@ def test_config_defaults_and_errors():
     c = ModelConfig(dim=512, n_heads=8)
     assert (c.n_kv_heads, c.head_dim, c.hidden_dim) == (8, 64, 1408)  # 8/3 * 512 = 1365.3, up to 22 * 64
     for changes, words in [(dict(n_heads=6, n_kv_heads=4, head_dim=8), "n_heads=6 must be a multiple of n_kv_heads=4"),
-                           (dict(head_dim=7), "head_dim=7 must be even")]:
+                           (dict(head_dim=7), "head_dim=7 must be even"),
+                           (dict(rope_factor=4.0), "rope_factor=4.0 must be 1, or more with a rope_original_len")]:
         with pytest.raises(ValueError, match=words):
             ModelConfig(**changes)
+
+
+@pytest.mark.parametrize("theta, length, factor", [(1e4, 128, 4.0), (1e6, 32768, 4.0), (5e5, 8192, 2.5)])
+def test_yarn_equals_transformers(theta, length, factor):
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(dim=128, n_heads=1, max_seq_len=4, rope_theta=theta, rope_original_len=length)
+    cos, sin = rope_table(config)   # a factor of 1: plain, to the last bit
+    plain = torch.outer(torch.arange(4.0), theta ** -(torch.arange(0, 128, 2).float() / 128))
+    assert torch.equal(cos, plain.cos()) and torch.equal(sin, plain.sin())
+
+    config.rope_factor = factor
+    theirs = transformers.AutoConfig.for_model(**hf_config(config))
+    frequency, scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    cos, sin = rope_table(config)
+    torch.testing.assert_close(torch.atan2(sin[1], cos[1]), frequency, rtol=1e-6, atol=0)
+    torch.testing.assert_close(cos[0], torch.full((64,), scale))
 
 
 # ---------------------------------------------------------------------------- the whole, against transformers

@@ -7,6 +7,8 @@ Our weights under transformers' names, and the architecture of transformers that
 
 export.py, bench.py and the tests' oracles all take the names from here.
 """
+import math
+
 import torch
 
 from configurator import check
@@ -138,6 +140,11 @@ def hf_config(config):
     # transformers 5 reads the first name of each pair, transformers 4 the second
     theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     theirs["rope_theta"] = config.rope_theta
+    if config.rope_factor > 1:
+        # beta_fast=32, beta_slow=1 and attention_factor=0.1 ln(factor) + 1 are transformers' defaults, too
+        theirs["rope_parameters"].update(rope_type="yarn", factor=config.rope_factor,
+                                         original_max_position_embeddings=config.rope_original_len)
+        theirs["rope_scaling"] = theirs["rope_parameters"]
     theirs["dtype"] = "float32"
     theirs["torch_dtype"] = "float32"
     if config.n_experts:
@@ -165,8 +172,19 @@ def config_from_hf(theirs):
     # refuse, by name, what would load and then compute something else
     wanted = dict(ALWAYS)
     found = {name: value if theirs.get(name) is None else theirs[name] for name, value in ALWAYS.items()}
+    factor = 1.0
+    original_len = 0
     wanted["rope_type"] = "default"
     found["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if found["rope_type"] == "yarn":
+        factor = rope.get("factor")
+        check(factor, "config.json says rope_type='yarn', but not by which factor")
+        original_len = rope.get("original_max_position_embeddings") or theirs.get("max_position_embeddings")
+        usual = {"rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "attention_factor": 0.1 * math.log(factor) + 1,
+                 "truncate": True, "mscale": None, "mscale_all_dim": None}
+        wanted.update(usual)
+        for name, value in usual.items():
+            found[name] = value if rope.get(name) is None else rope[name]
     wanted["partial_rotary_factor"] = 1.0
     usual = 0.5 if kind == "glm4_moe" else 1.0
     found["partial_rotary_factor"] = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", usual))
@@ -185,8 +203,12 @@ def config_from_hf(theirs):
         config[name] = config[name] or 0    # older files leave them out: as many as query heads, dim / n_heads
     missing = [fields[ours] for ours, value in config.items() if value is None]
     check(not missing, f"config.json does not say {', '.join(missing)}")
+    # Qwen's files switch YaRN on and leave max_position_embeddings as it was
+    config["max_seq_len"] = max(config["max_seq_len"], int(factor * original_len))
     return ModelConfig(
         **config,
+        rope_factor=factor,
+        rope_original_len=original_len,
         rope_theta=rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0,
         tie_embeddings=bool(theirs.get("tie_word_embeddings")),
         qkv_bias=kind == "qwen2" or bool(theirs.get("attention_bias")),

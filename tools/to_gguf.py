@@ -86,6 +86,10 @@ def add_gguf_config(writer, config, trained_len, gguf):
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_factor > 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_len)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     if config.n_experts:
         writer.add_expert_count(config.n_experts)

@@ -417,6 +417,18 @@ def test_config_of_transformers_4():
     assert config_from_hf(theirs) == config
 
 
+def test_yarn_as_qwen_writes_it():
+    """Qwen's model cards have it added by hand, and leave max_position_embeddings; what YaRN may be told is checked."""
+    theirs = {**hf_config(config_of("qwen3")), "max_position_embeddings": 40960, "rope_theta": 1e6}
+    del theirs["rope_parameters"]
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": None}
+    back = config_from_hf({**theirs, "rope_scaling": yarn})
+    assert back == config_of("qwen3", rope_theta=1e6, rope_factor=4.0, rope_original_len=32768, max_seq_len=131072)
+    for name, value in [("beta_fast", 16), ("truncate", False), ("attention_factor", 1.0), ("mscale", 0.7)]:
+        with pytest.raises(SystemExit, match=f"{name}={value}; our model computes"):
+            config_from_hf({**theirs, "rope_scaling": {**yarn, name: value}})
+
+
 def test_no_architecture():
     with pytest.raises(SystemExit, match="both qkv_bias and qk_norm"):
         hf_config(config_of("qwen3", qkv_bias=True))

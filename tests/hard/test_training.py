@@ -93,6 +93,16 @@ def test_the_longest_trained_length_travels_with_the_checkpoint(place, tmp_path,
     further = dict(init_from=cfg.out_dir, max_steps=1)
     longer = run(settings(root, "pretrain", str(tmp_path / "q"), seq_len=48, **{**further, "max_seq_len": 256}))[0]
     assert longer["trained_len"] == 48
+    # YaRN: 32 tokens become 128, twice 64 of the same 32; and the next stage sees as many
+    for start, changes, sees, learned in [("p", dict(rope_factor=4.0), 128, 128), ("p", dict(rope_factor=2.0), 64, 64),
+                                          ("y2.0", dict(rope_factor=4.0, seq_len=96), 128, 96)]:
+        stretched = settings(root, "pretrain", f"{tmp_path}/y{changes['rope_factor']}", resume=False, max_steps=1,
+                             **{"max_seq_len": 512, "seq_len": 0, "init_from": f"{tmp_path}/{start}", **changes})
+        found = run(stretched)[0]
+        shape = found["model_config"]
+        assert (shape["max_seq_len"], shape["rope_original_len"], found["trained_len"]) == (sees, 32, learned)
+    assert "64 tokens, fewer than the 96" in refused(settings(
+        root, "pretrain", f"{tmp_path}/z", max_seq_len=512, seq_len=0, init_from=stretched.out_dir, rope_factor=2.0))
     chat, _ = run(settings(root, "sft", str(tmp_path / "s"), **further))
     train = Split(None, None, np.fromfile(f"{root}/talks/train.idx", np.int64), None, {})
     fits = np.diff(train.idx)[np.diff(train.idx) <= 129] - 1
