@@ -77,13 +77,16 @@ def attention(line):
     c = model.config
     print(f"{folder}：词表 {c.vocab_size} × {c.dim} 个数，{c.n_layers} 层，每层 {c.n_heads} 个头，每头 {c.head_dim} 个数")
     print(f"“{line[0]}”查表得到的向量，前 6 个数：{[round(n, 3) for n in model.embed(ids)[0, 1, :6].tolist()]}")
-    layer = c.n_layers - 1
-    q, k = seen[layer]
-    k = k.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
-    scores = q[0, 0] @ k[0, 0].T / c.head_dim ** 0.5
-    future = torch.ones_like(scores).triu(1) > 0
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    print(f"\n第 {layer + 1} 层第 1 个头：一行是一个字在看谁（加起来是 1；后面的看不见）\n")
+    future = torch.ones(len(names), len(names)).triu(1) > 0
+    heads = {}
+    for layer, (q, k) in enumerate(seen, 1):
+        k = k.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
+        scores = q[0] @ k[0].mT / c.head_dim ** 0.5                                # (heads, T, T)
+        for head, weights in enumerate(scores.masked_fill(future, -torch.inf).softmax(-1), 1):
+            heads[layer, head] = weights
+    # many heads look at the first token, which says nothing; show the one that does so least
+    (layer, head), weights = min(heads.items(), key=lambda item: item[1][:, 0].sum())
+    print(f"\n第 {layer} 层第 {head} 个头：一行是一个字在看谁（加起来是 1；后面的看不见）\n")
     print("       " + "".join(draw.fill(name, 6) for name in names))
     for name, row in zip(names, weights):
         cells = [f"{w:.2f}{draw.shade(w)} " if w > 0 else " ·    " for w in row.tolist()]
