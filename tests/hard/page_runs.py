@@ -138,7 +138,8 @@ def opened_in(where, path, request, folder):
     host.close()
 
 
-HOSTS = [("node", "llama"), ("node", "llama_gqa"), ("node", "qwen2"), ("node", "qwen3"), ("chromium", "qwen3")]
+HOSTS = [("node", "llama"), ("node", "llama_gqa"), ("node", "qwen2"), ("node", "qwen3"), ("node", "yarn"),
+         ("chromium", "qwen3")]
 
 
 @pytest.fixture(params=[("node", "real"), ("chromium", "real")] if REAL else HOSTS, ids="-".join)
