@@ -65,7 +65,7 @@ def run(main, Config, positional=None):
     for stream in (sys.stdout, sys.stderr):
         # a console that cannot show Chinese (ASCII, cp1252) prints \u5e8a instead of ending the run
         stream.reconfigure(errors="backslashreplace")
-    if sys.stdin:
+    if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # half a character, as a backspace leaves it in some terminals
     try:
         main(load_config(Config, positional=positional))

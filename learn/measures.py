@@ -65,21 +65,15 @@ def ended_share(folder):
     return 100 * answers(folder)[1]
 
 
-def answered(folder):
-    """Share of training questions answered with the right line, in per cent."""
-    pairs, _ = answers(folder)
-    return 100 * sum(answer.startswith(right[:5]) for right, answer in pairs) / len(pairs)
-
-
 def moon_reward(folder):
     """Mean reward of sampled answers."""
     pairs, _ = answers(folder, temperature=1.0)
     return sum(small.moon("", answer) for _, answer in pairs) / len(pairs)
 
 
-def last_value(name):
-    """Return a function that reads a field from the last line of a run's log."""
-    return lambda folder: read_log(folder)[-1][name]
+def logged(name, at=-1):
+    """Return a function that reads a field from a line of a run's log: the last one, or the first one at 0."""
+    return lambda folder: read_log(folder)[at][name]
 
 
 def pairs_in_order(folder):

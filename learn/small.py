@@ -39,14 +39,14 @@ SETTINGS = {
         max_steps=200, optimizer="muon", lr=5e-3, min_lr=5e-4, momentum=0.8, eval_every=200, questions=""),
     "reward": dict(
         device="cpu", dtype="float32", data_dir="data/learn-pairs", init_from="out/learn-sft",
-        out_dir="out/learn-reward", max_steps=60, lr=1e-3, min_lr=1e-4, eval_every=60),
+        out_dir="out/learn-reward", max_steps=120, lr=3e-3, min_lr=3e-4, eval_every=120),
     "dpo": dict(
         device="cpu", dtype="float32", data_dir="data/learn-pairs", init_from="out/learn-sft", out_dir="out/learn-dpo",
         max_steps=40, lr=2e-4, min_lr=2e-5, eval_every=40),
     "grpo": dict(
         device="cpu", data_dir="data/learn-prompts", init_from="out/learn-sft", out_dir="out/learn-grpo",
-        reward="learn/small.py:moon", max_steps=20, batch_size=8, max_new_tokens=12, kl_coef=0.02, lr=1e-3, min_lr=1e-4,
-        eval_every=20),
+        reward="learn/small.py:moon", max_steps=60, batch_size=8, max_new_tokens=12, kl_coef=0.02, lr=1e-3, min_lr=1e-4,
+        eval_every=60),
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo}
 
