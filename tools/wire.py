@@ -21,7 +21,8 @@ CONSTRAINTS = {
     "logit_bias", "suffix", "grammar", "json_schema", "structured_outputs", "functions", "function_call", "prediction",
     "chat_template", "audio", "thinking"}
 # values of settings elsewhere that change nothing
-NEUTRAL = {"typical_p": 1, "tfs_z": 1, "best_of": 1, "length_penalty": 1, "num_beams": 1, "do_sample": True}
+NEUTRAL = {"typical_p": 1, "tfs_z": 1, "best_of": 1, "length_penalty": 1, "num_beams": 1, "do_sample": True,
+           "add_generation_prompt": True, "skip_special_tokens": True}
 UNLIMITED = {"max_tokens": 2 ** 62, "max_completion_tokens": 2 ** 62, "top_k": 0}  # what -1 says of each
 
 
@@ -69,7 +70,7 @@ class Settings(Wire):
             return data
         known = {*cls.model_fields, "max_completion_tokens", "repeat_penalty"}
         for name in sorted(data.keys() - known - HARMLESS):
-            if is_setting(name, data[name]):
+            if is_setting(name, data[name], known):
                 raise ValueError(f"{name}={data[name]!r:.40} is not offered here; what is: {', '.join(sorted(known))}")
         # -1: no limit, as other servers say
         unlimited = {name: value for name, value in UNLIMITED.items() if is_minus_one(data.get(name))}
@@ -81,10 +82,15 @@ class Settings(Wire):
         return sorted(said - HARMLESS - NEUTRAL.keys())
 
 
-def is_setting(name, value):
-    """Whether an unknown field may be meant to change the answer: a number, a yes, a list, or one known to. Names and
-    notes of the client's own pass."""
-    if not value or name in NEUTRAL and value == NEUTRAL[name]:
+def is_setting(name, value, known):
+    """Whether an unknown field may be meant to change the answer: a number, a yes, a list, one known to, or what holds a
+    setting, {"options": {"top_k": 1}}. Names and notes of the client's own pass."""
+    if name in NEUTRAL:
+        return value is not None and value != NEUTRAL[name]
+    names = {name, *value} if isinstance(value, dict) else {name}
+    if known & {str(inside).lower() for inside in names}:
+        return True
+    if not value:
         return False
     return isinstance(value, (bool, int, float, list)) or name in CONSTRAINTS or name.startswith("guided_")
 
@@ -98,19 +104,24 @@ class TextPart(Wire):
     text: str
 
 
-class Function(Wire):
-    name: str
-    arguments: str | dict = "{}"
-
-
 class ToolCall(Wire):
-    function: Function
+    function: dict
 
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] = ""
     tool_calls: list[ToolCall] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def whole(cls, data):
+        """Refuse what belongs to a message elsewhere and would be lost here: images, function_call, prefix."""
+        if isinstance(data, dict):
+            for name in sorted(data.keys() - cls.model_fields.keys() - {"annotations"}):
+                if data[name] and isinstance(data[name], (bool, list, dict)):
+                    raise ValueError(f"a message with {name} is not understood here; what is: role, content, tool_calls")
+        return data
 
 
 class Tool(Wire):

@@ -599,6 +599,44 @@ def test_greedy_and_chat_equal_llama_cpp(kind, tok, lines, place):
         assert answer["choices"][0]["message"]["content"] == tok.decode(new, skip_special=True)
 
 
+@pytest.mark.parametrize("what", ["base", "chat", "tools"])
+def test_fifty_greedy_continuations(what, tok, lines, place):
+    """Given as text, through the tokenizer and the template of transformers and of llama.cpp."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    stage = "pretrain" if what == "base" else "sft"
+    model = make("qwen2_wide", tok.vocab_size)
+    folder = f"{place}/fifty-{what}-hf"
+    to_hf.write_hf(model, tok, stage, folder)
+    template = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    server = to_gguf(model, tok, place, f"fifty-{what}", stage)
+    stops = [tok.im_end_id, tok.eot_id]
+    spec = {"type": "function", "function": {"name": "天气", "description": "查", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": '{"城": "京"}'}}
+    tools = [spec] if what == "tools" else None
+    for line in lines[:50]:
+        text = line[:30].strip()
+        if what == "base":
+            prompt = tok.encode_start(text)
+            there = template(text, return_tensors="pt")
+        else:
+            messages = turns = [{"role": "user", "content": text}]
+            if tools:
+                more = [{"role": "tool", "content": "晴"}]
+                messages = [*turns, {"role": "assistant", "content": None, "tool_calls": [call]}, *more]
+                turns = [{"role": "system", "content": list_tools(tools)}, *turns,
+                         {"role": "assistant", "content": call_tools([call])}, *more]
+            prompt, _ = render_chat(tok, turns, add_generation_prompt=True)
+            there = template.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True,
+                                                 return_tensors="pt")
+            text = server.post("/apply-template", messages=messages, **({"tools": tools} if tools else {}))["prompt"]
+        ours = [i for i in generate(model, [prompt], 12, temperature=0, stop_ids=stops)[0] if i not in stops]
+        new = theirs.generate(**there, max_new_tokens=12, do_sample=False, eos_token_id=stops)[0, len(prompt):].tolist()
+        assert there["input_ids"][0].tolist() == prompt and [i for i in new if i not in stops] == ours
+        found = server.post("/completion", prompt=text, n_predict=12, temperature=0, return_tokens=True)
+        assert found["tokens_evaluated"] == len(prompt) and [i for i in found["tokens"] if i not in stops] == ours
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.1)])
 def test_smaller_dtypes(dtype, tolerance, tok, place):
     model = make("qwen2", tok.vocab_size)

@@ -17,7 +17,7 @@ def copy_project(place):
     shutil.copy(exercise.TESTS, place / "tests")
     for name, old, new in (("small.py", "max_steps=400", "max_steps=20"), ("small.py", "max_steps=200", "max_steps=10"),
                            ("small.py", "max_steps=60", "max_steps=3"), ("small.py", "max_steps=40,", "max_steps=3,"),
-                           ("small.py", "max_steps=20, batch", "max_steps=2, batch"),
+                           ("small.py", "max_steps=60, batch", "max_steps=2, batch"),
                            ("tiny.py", "steps=360", "steps=8"),
                            ("tiny.py", "steps=100", "steps=4"), ("tiny.py", "steps=80", "steps=2")):
         path = place / "learn" / name

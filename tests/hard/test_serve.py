@@ -555,10 +555,11 @@ def test_tool_calls_and_reasoning_come_back(parrot, tok):
     engine.prompts.clear()
     engine.text = "3"
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, "三"]}'}}
+    named = {"function": {"name": "add", "parameters": {"a": 1, "b": [2, "三"]}}}  # the arguments by another name
     tool = {"type": "function", "function": {"name": "add", "description": "加"}}
     messages = [*user("1"), {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": "call_1", "content": "3"},
-                {"role": "assistant", "content": "好。", "tool_calls": [call, call], "reasoning_content": "加"}]
+                {"role": "assistant", "content": "好。", "tool_calls": [call, named], "reasoning_content": "加"}]
     turns = [*user("1"), {"role": "assistant", "content": CALL}, {"role": "tool", "content": "3"},
              {"role": "assistant", "content": f"好。\n{CALL}\n{CALL}"}]
     offer = '<tools>\n{"name": "add", "description": "加"}\n</tools>'
@@ -608,6 +609,12 @@ BAD = [
     (dict(messages=user("x"), top_k=-2), 400, "top_k"),
     (dict(messages=user("x"), repetition_penalty=0), 400, "repetition_penalty"),
     (dict(messages=user("x"), frequency_penalty=0.5), 400, "frequency_penalty=0.5 is not offered here"),
+    (dict(messages=user("x"), do_sample=False), 400, "do_sample=False is not offered here"),
+    (dict(messages=user("x"), options={"temperature": 0}), 400, "options="),
+    (dict(messages=user("x"), Temperature=0), 400, "Temperature=0"),
+    (dict(messages=[{"role": "user", "content": "x", "images": ["a"]}]), 400, "a message with images"),
+    (dict(messages=[{"role": "assistant", "function_call": {"name": "f"}}, *user("x")]), 400, "function_call"),
+    (dict(messages=[*user("x"), {"role": "assistant", "content": "x", "prefix": True}]), 400, "prefix"),
     (dict(messages=user("x"), typical_p=0.2), 400, "typical_p=0.2 is not offered here; what is: "),
     (dict(messages=user("x"), use_beam_search=True), 400, "use_beam_search"),
     (dict(messages=user("x"), stop_token_ids=[3]), 400, "stop_token_ids"),
