@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
-from common.checkpoint import log, own, restore, save, trim_log
+from common.checkpoint import log, own, restore, save
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
@@ -217,7 +217,6 @@ def main(cfg):
         critic.load_state_dict(checkpoint["critic"], strict=True)
     step, _ = restore(checkpoint, actor, optimizers, env)
     del checkpoint
-    trim_log(cfg, env, step)
     if step == 0:  # where it starts from, to compare with
         log(cfg, env, step, evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
 
@@ -240,8 +239,7 @@ def main(cfg):
         if must_stop(batch, env):
             break
         if step == 0:
-            # in the units of a rule, the critic, a reward model until now, would have to learn far too long
-            rescale_critic(critic, batch, cfg, env)
+            rescale_critic(critic, batch["score"], cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(actor, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
