@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
 from common.data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
 from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
 from common.lora import start_lora
@@ -237,7 +237,6 @@ def main(cfg):
     catch_signals(env)
     # where out_dir holds a checkpoint of this run: its weights, its optimizer's state, its step
     step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, [optimizer], env)
-    trim_log(cfg, env, step)
     if env.is_main:
         epochs = cfg.max_steps * cfg.grad_accum * cfg.batch_size / n_prompts
         n_parameters = sum(p.numel() for p in model.parameters())

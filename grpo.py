@@ -31,15 +31,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
-from common.lora import WithoutAdapters, start_lora
+from common.lora import start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
-from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rollout, score_scale, step_prompts
-from common.rollout import summary, teacher_scorer
+from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rollout, step_prompts
+from common.rollout import summary
 from configurator import Count, NonNegative, Positive, Whole, check, run
 
 STAGE = "grpo"
@@ -61,7 +61,7 @@ class Config:
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
-    # adapters (common/lora.py): with them the model is the policy, without them the reference
+    # adapters (common/lora.py)
     lora_rank: Whole = 0                    # 0: train all weights
     lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
@@ -106,6 +106,7 @@ class Config:
 NEEDS = {
     "no_eos_penalty": "not teacher",
     "turns": "environment",
+    "skip_flat_groups": "not teacher",
     "clip": "ppo_epochs * minibatches > 1",
     "clip_high": "ppo_epochs * minibatches > 1",
     "ratio": "ppo_epochs * minibatches > 1",
@@ -163,16 +164,6 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
     return (loss * weights).sum(), ratio
 
 
-def make_reference(model, tokenizer, cfg, env):
-    """Return what the policy is measured from: the teacher; the policy without its adapters; or a copy of it."""
-    if cfg.lora_rank and not cfg.teacher:
-        return WithoutAdapters(model)  # one model in memory is both
-    reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
-    check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
-          f"{cfg.init_from}: their probabilities cannot be compared")
-    return reference.requires_grad_(False)
-
-
 def main(cfg):
     # ------------------------------------------------------------------------ start
     # one process per GPU, each with its share of a step's micro-steps
@@ -187,13 +178,16 @@ def main(cfg):
     cfg.clip = cfg.clip or {"token": 0.2, "sequence": 3e-4}[cfg.ratio]
 
     # ------------------------------------------------------------------------ models
-    # the policy answers and learns; the reference is the policy as it was. The experts' bias stays
+    # the policy answers and learns; the reference is the policy as it was, or a teacher. The experts' bias stays
     model, tokenizer, base = load_model(cfg.init_from, env.device)
     if cfg.lora_rank:
         start_lora(model, cfg, base["model"], tokenizer)
     del base
-    reference = make_reference(model, tokenizer, cfg, env)
-    scorer = teacher_scorer(reference, tokenizer.pad_id, env) if cfg.teacher else make_scorer(cfg, tokenizer, env)
+    reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
+    reference.requires_grad_(False)
+    check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
+          f"{cfg.init_from}: their probabilities cannot be compared")
+    scorer = make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     environment = load_function(cfg.environment) if cfg.environment else None
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
@@ -216,7 +210,6 @@ def main(cfg):
     catch_signals(env)
     # where out_dir holds a checkpoint of this run: its weights, its optimizer's state, its step
     step, _ = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, [optimizer], env)
-    trim_log(cfg, env, step)
     if step == 0:
         # where it starts from, to compare with
         log(cfg, env, step, evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
@@ -238,8 +231,6 @@ def main(cfg):
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
         if must_stop(batch, env):
             break
-        if step == 0:
-            score_scale(batch, cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(model, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
@@ -248,7 +239,7 @@ def main(cfg):
         # (3) advantages: an answer is as good as its lead over the other answers to its prompt
         # an answer that was cut is worth less than its score, or the model would learn never to end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
-        earned = scores
+        earned = scores.view(-1, G)                                                # (prompts, G)
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
         if cfg.teacher:
@@ -258,9 +249,9 @@ def main(cfg):
         else:
             # every token of an answer gets the answer's advantage
             batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
-        if cfg.skip_flat_groups:
+        if cfg.skip_flat_groups and not cfg.teacher:
             # nothing can be learned where all answers are worth the same: such tokens do not count in the means
-            flat = earned.view(-1, G).std(dim=1) < 1e-6                            # (prompts)
+            flat = earned.std(dim=1) < 1e-6                                        # (prompts)
             batch["mask"] = mask * (~flat).float().repeat_interleave(G)[:, None]
 
         # how much a token counts: all the same, with GSPO all answers the same

@@ -475,12 +475,12 @@ def grouped_outer(x: torch.Tensor, grad: torch.Tensor, block_ends: torch.Tensor)
 
 # What the compiler must know of an operation that it cannot look into: the shape of the result, and the gradient.
 @grouped_matmul.register_fake
-def _(x, weights, block_ends):
+def matmul_shape(x, weights, block_ends):
     return x.new_empty(x.size(0), weights.size(2))
 
 
 @grouped_outer.register_fake
-def _(x, grad, block_ends):
+def outer_shape(x, grad, block_ends):
     return x.new_empty(block_ends.size(0), x.size(1), grad.size(1))
 
 

@@ -14,7 +14,7 @@ One step: (1) generate answers, (2) score them, (3) log-probs of actor and refer
 (4) per-token rewards, (5) advantages, (6) a few epochs of clipped updates. What differs from the papers:
  1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
  2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
- 3. the critic is a model of its own (started from the reward model), with its own optimizer;
+ 3. the critic is a model of its own (started from the reward model), with its own optimizer and no clipped loss;
  4. the KL penalty is part of the reward (k1);
  5. losses are means over all answer tokens of a minibatch. Without a critic: grpo.py.
 """
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
-from common.checkpoint import log, own, restore, save, trim_log
+from common.checkpoint import log, own, restore, save
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.loss import last_learned, token_logps
@@ -68,7 +68,6 @@ class Config:
     ppo_epochs: Count = 2                   # passes over a step's answers
     minibatches: Count = 2                  # optimizer steps in a pass
     clip: Positive = 0.2                    # ratios stay within 1 ± clip
-    value_clip: NonNegative = 0.0           # values stay within old ± value_clip, in units of the reward; 0: no limit
     # text or conversations mixed in (PPO-ptx)
     ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
@@ -89,11 +88,9 @@ class Config:
     seed: Whole = 1234
 
 
-# settings that change nothing unless this holds: ratios differ from 1, and values from what they were, from the second
-# update on
+# settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
     "clip": "ppo_epochs * minibatches > 1",
-    "value_clip": "ppo_epochs * minibatches > 1",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -165,16 +162,6 @@ def policy_loss(logps, old_logps, advantages, mask, clip):
     return (loss * mask).sum(), ratio
 
 
-def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error, summed over answer tokens; with clip > 0 the larger of the clipped and the plain one."""
-    error = (values - returns) ** 2
-    if clip:
-        # the critic gains nothing by moving further than clip in one step
-        clipped = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.max(error, (clipped - returns) ** 2)
-    return 0.5 * (error * mask).sum()
-
-
 def main(cfg):
     # ------------------------------------------------------------------------ start
     # one process per GPU, each with its share of a step's micro-steps
@@ -217,7 +204,6 @@ def main(cfg):
         critic.load_state_dict(checkpoint["critic"], strict=True)
     step, _ = restore(checkpoint, actor, optimizers, env)
     del checkpoint
-    trim_log(cfg, env, step)
     if step == 0:  # where it starts from, to compare with
         log(cfg, env, step, evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
 
@@ -240,8 +226,7 @@ def main(cfg):
         if must_stop(batch, env):
             break
         if step == 0:
-            # in the units of a rule, the critic, a reward model until now, would have to learn far too long
-            rescale_critic(critic, batch, cfg, env)
+            rescale_critic(critic, batch["score"], cfg, env)
         mask = batch["mask"]                                                       # (B, T): 1 on answer tokens
         batch["logps"] = all_logps(actor, batch, cfg, env)                         # (B, T)
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
@@ -298,7 +283,7 @@ def main(cfg):
                 # critic: learn to expect the returns
                 with env.autocast():
                     values = critic_net(b["ids"])                                  # (rows, T)
-                critic_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
+                critic_loss = 0.5 * ((values - b["returns"]) ** 2 * b["mask"]).sum()
                 (critic_loss * weight).backward()
 
                 # what to watch: ratios that were clipped, and how far this step's updates have moved the actor

@@ -278,8 +278,10 @@ def build(cfg, folder):
         files = find_files(cfg.input, cfg.repeat)
     counts = collections.Counter()  # what became of all records: "read", "kept", ("dropped", reason), …
     path = os.path.join(folder, "tokenizer.model")
-    tok = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
-    if tok:
+    tok = None
+    if cfg.tokenizer:
+        from readers.vocabularies import open_vocabulary
+        tok = open_vocabulary(cfg.tokenizer)
         tok.save(path)
     if files[0][0].endswith(".bin"):
         # token ids already

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_checkpoint, log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_checkpoint, log, own, restore, save
 from common.data import open_data
 from common.distributed import all_sum, can_compile, check_finite, micro_steps, start
 from common.loss import cross_entropy, text_loss
@@ -230,7 +230,6 @@ def main(cfg):
     catch_signals(env)
     # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, optimizers, env)
-    trim_log(cfg, env, step)
     tokens_a_step = cfg.grad_accum * cfg.batch_size * cfg.seq_len
     if env.is_main:
         epochs = cfg.max_steps * tokens_a_step / len(train.tokens)

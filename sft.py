@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save, trim_log
+from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
 from common.data import open_data
 from common.distributed import all_sum, batch_starts, can_compile, check_finite, micro_steps, start
 from common.lora import start_lora
@@ -136,17 +136,17 @@ def get_batch(split, rows, T, pad_id, device):
     mask = np.zeros(shape, dtype=np.float32)
     docs = np.zeros_like(ids)
     for b, row in enumerate(rows):
-        start = 0
+        begin = 0
         for number, i in enumerate(row, 1):
             # one conversation behind the other. A place is learned where its target is: hence the mask is shifted, too
             tokens, learned = split.document(i)
-            place = slice(start, start + len(tokens) - 1)
+            place = slice(begin, begin + len(tokens) - 1)
             ids[b, place] = tokens[:-1]
             targets[b, place] = tokens[1:]
             mask[b, place] = learned[1:]
             # the model lets a token see those of its own number only
             docs[b, place] = number
-            start = place.stop
+            begin = place.stop
     batch = (ids, targets, mask, docs)
     return [torch.from_numpy(array).to(device) for array in batch]
 
@@ -256,7 +256,6 @@ def main(cfg):
     catch_signals(env)
     # where out_dir holds a checkpoint of this run: its weights, its optimizers' state, its step
     step, best_val = restore(find(STAGE, SAME, cfg, env, model, tokenizer), model, optimizers, env)
-    trim_log(cfg, env, step)
     if env.is_main:
         n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         epochs = cfg.max_steps * rows_a_step / rows_an_epoch

@@ -3,8 +3,8 @@ Text to token ids and back: train a vocabulary, load an existing one, lay out a 
 
     python tokenizer.py data/poems "床前明月光"        # print the pieces and their ids
 
-in:  a sentencepiece .model (ours, ChatGLM2/3, Llama 2) or a tiktoken rank file (Qwen, Llama 3, GLM-4, cl100k), told
-     apart by content; or a folder of transformers with a tokenizer.json (readers/hf_tokenizer.py)
+in:  tokenizer.model of a data folder or a run: a sentencepiece model, or what readers/vocabularies.py has made of
+     somebody else's (Qwen, Llama 3, GLM-4, a folder of transformers)
 out: token ids. Every vocabulary has the four SPECIAL_TOKENS; encode() never yields one, whatever a text says
 
 How a vocabulary is learned from text, byte pair by byte pair: recipes/bpe.py.
@@ -14,34 +14,15 @@ import base64
 import codecs
 import collections
 import hashlib
-import importlib
 import io
 import json
 import os
-import re
 import sys
 
 import sentencepiece
 import tiktoken
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-
-# How tiktoken cuts a text before it merges. The rank files come without it, so it is told by the number of ranks.
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits in threes
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # minimind, too
-PATTERNS = {
-    151_643: QWEN_PATTERN,
-    128_000: LLAMA3_PATTERN,
-    151_329: LLAMA3_PATTERN,  # GLM-4
-    100_256: LLAMA3_PATTERN,  # cl100k
-}
-LLAMA3_SPECIALS = (
-    "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
-HF_READER = "readers.hf_tokenizer"  # imported by name, where a vocabulary of transformers is opened and nowhere else
 HEADER = b'{"mingyue": '  # begins a line that a saved vocabulary may have before it: its settings, as JSON
 
 
@@ -61,7 +42,7 @@ class Tokenizer:
         self.data = raw                     # what save() writes
         self.settings = settings or {}
         if settings:
-            follow = importlib.import_module(HF_READER).follow
+            from readers.hf_tokenizer import follow
             encode = follow(encode, settings)
             self.data = HEADER + json.dumps(settings, ensure_ascii=False).encode() + b"}\n" + raw
         self._encode = encode               # text -> ids of the base vocabulary
@@ -108,7 +89,9 @@ class Tokenizer:
     def decode(self, ids, skip_special=False, is_start=True):
         """The text of ids, without half a character at its end. is_start=False: it goes on with a text, so that its
         first word keeps its space."""
-        return StreamDecoder(self, skip_special, is_start).show(self.decode_bytes(ids, skip_special))
+        data = self.decode_bytes(ids, skip_special)
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(data)
+        return text.removeprefix(" ") if is_start and self.dummy_prefix else text
 
     def save(self, path):
         with open(path, "wb") as f:
@@ -224,19 +207,12 @@ def _training_lines(texts, max_characters):
 
 
 def load_tokenizer(path):
-    """Open a vocabulary: a sentencepiece model, a rank file, a folder with one of these or of transformers."""
+    """Open the vocabulary of a data folder or a run: its tokenizer.model, or the folder that holds it."""
     path = os.fspath(path)
-    folder = os.path.dirname(path) if path.endswith("tokenizer.json") else path
-    theirs = ("tokenizer.json", "tokenizer_config.json", "config.json")
-    if any(os.path.exists(os.path.join(folder, name)) for name in theirs):
-        read_folder = importlib.import_module(HF_READER).read_folder
-        data, settings = read_folder(folder, [QWEN_PATTERN, LLAMA3_PATTERN, GPT2_PATTERN], SPECIAL_TOKENS)
-        return make_tokenizer(data, settings, folder)
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.model")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no tokenizer at {path}: give a sentencepiece .model, a tiktoken rank file, or a "
-                                "folder that holds tokenizer.model or tokenizer.json")
+        raise FileNotFoundError(f"no tokenizer at {path}: name it, or the folder that holds it")
     with open(path, "rb") as f:
         data = f.read()
     settings = {}
@@ -248,11 +224,11 @@ def load_tokenizer(path):
 
 def make_tokenizer(data, settings, path):
     """Return the Tokenizer of a vocabulary file's bytes and settings; path: for errors."""
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data):
-        return _load_tiktoken(data, settings, path)
+    if "rule" in settings:
+        return _load_ranks(data, settings, path)
     if data.startswith(b"{"):
-        load_library = importlib.import_module(HF_READER).load_library
-        return Tokenizer(data, **load_library(data, path), specials={}, settings=settings)
+        from readers.hf_tokenizer import load_library
+        return Tokenizer(data, **load_library(data), specials={}, settings=settings)
     return _load_sentencepiece(data, settings, path)
 
 
@@ -260,7 +236,8 @@ def _load_sentencepiece(data, settings, path):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as e:
-        raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken rank file nor tokenizer.json") from e
+        raise ValueError(f"{path} is neither a sentencepiece model nor a vocabulary that prepare.py has saved. It takes "
+                         f"others by --tokenizer={path}") from e
     pieces = {}
     specials = {}
     for i in range(sp.vocab_size()):
@@ -291,27 +268,15 @@ def _load_sentencepiece(data, settings, path):
     return Tokenizer(data, encode, pieces, specials, "", sp.normalize("a") == "▁a", unk_id, settings)
 
 
-def _load_tiktoken(data, settings, path):
+def _load_ranks(data, settings, path):
+    """A rank file of tiktoken: each line a token in base64 and its id. A pair whose union has a lower id merges first."""
     ranks = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        if line:
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: not a base64 token and its rank, but {line[:60]!r}") from e
+    words = data.split()
+    for token, rank in zip(words[::2], words[1::2]):
+        ranks[base64.b64decode(token)] = int(rank)
     pieces = {rank: token for token, rank in ranks.items()}
-    # special tokens may stand before the ranks
-    taken = {*pieces, *settings.get("tokens", {}).values(), *settings.get("words", {}).values()}
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or len(pieces) < len(ranks) or not taken.issuperset(range(max(pieces))):
-        raise ValueError(f"{path}: not a whole rank file: ranks must run from 0 without gaps, and all 256 bytes be "
-                         f"there ({len(missing)} bytes are missing)")
-    pattern = settings.get("rule") or _pattern(pieces, path)
-    specials = {}
-    if len(pieces) == 128_000 and "tokens" not in settings:
-        specials = {name: 128_000 + i for i, name in enumerate(LLAMA3_SPECIALS)}
-    bpe = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    rule = settings["rule"]
+    bpe = tiktoken.Encoding(os.path.basename(path), pat_str=rule, mergeable_ranks=ranks, special_tokens={})
 
     def encode(text):
         ids = []
@@ -320,19 +285,7 @@ def _load_tiktoken(data, settings, path):
             ids += bpe.encode_ordinary(text[start:start + 400_000])
         return ids
 
-    return Tokenizer(data, encode, pieces, specials, pattern, settings=settings)
-
-
-def _pattern(pieces, path):
-    """The rule of a rank file. Of an unknown family the tokens tell whether it cuts digits one by one, as Qwen does."""
-    if len(pieces) in PATTERNS:
-        return PATTERNS[len(pieces)]
-    several = [piece for piece in pieces.values() if re.fullmatch(rb" ?\d\d+", piece)]
-    if several:
-        raise ValueError(f"{path}: {len(pieces):,} ranks, some of several digits like {several[0]!r}: nothing tells "
-                         f"how it cuts text. Known are {', '.join(map(str, PATTERNS))} ranks (Qwen, Llama 3, GLM-4, "
-                         "cl100k); of others give the folder with tokenizer.json")
-    return QWEN_PATTERN
+    return Tokenizer(data, encode, pieces, {}, rule, settings=settings)
 
 
 def main():

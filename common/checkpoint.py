@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from common.distributed import all_sum, leave
-from common.lora import adapters_of, head_of, merge_adapters, weights_hash
-from common.sharding import is_shard, load_shards, shard_checkpoint
+from common.lora import adapters_of, merge_adapters, weights_hash
+from common.sharding import is_shard, load_shards
 from configurator import check
 from model import ModelConfig, ScalarModel, Transformer
 from tokenizer import load_tokenizer
@@ -73,7 +73,8 @@ def catch_signals(env):
 
 def find(stage, same, cfg, env, model, tokenizer):
     """Return the checkpoint in cfg.out_dir, where it is an earlier state of this run, or None where there is none.
-    Exits where it is another run's: of another stage, model, tokenizer, or with other values of the settings `same`."""
+    Exits where it is another run's: of another stage, model, tokenizer, or with other values of the settings `same`.
+    The log is cut to that state."""
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     checkpoint = None
     if os.path.exists(path):
@@ -87,6 +88,10 @@ def find(stage, same, cfg, env, model, tokenizer):
     total = all_sum([step], env)[0]
     check(total == step * env.world, f"rank {env.rank} finds step {step} in {path}, others find another: out_dir must "
           "be one folder that all machines share")
+    # what the log says of later steps goes, as they will be done again
+    log_end = checkpoint.get("log", math.inf) if checkpoint else 0
+    if env.is_main and size_of(cfg.out_dir, "log.jsonl") > log_end:
+        os.truncate(os.path.join(cfg.out_dir, "log.jsonl"), log_end)
     if checkpoint is None:
         return None
     then = checkpoint["config"]
@@ -101,8 +106,8 @@ def find(stage, same, cfg, env, model, tokenizer):
           "--out_dir, or start again with --resume=False")
     if env.is_main:
         changes = {key: value for key, value in now.items() if then.get(key) != value}
-        if checkpoint.get("data") != data_size(cfg):
-            changes["the data itself"] = data_size(cfg)  # prepared anew: rows come in another order from here on
+        if checkpoint.get("data") != size_of(cfg.data_dir, "train.bin"):
+            changes["the data itself"] = "prepared anew"  # rows come in another order from here on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {changes or 'none'}")
         if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
@@ -121,9 +126,9 @@ def identity(settings, same, model_config, lora, fingerprint):
     return facts
 
 
-def data_size(cfg):
-    """Bytes of the training tokens."""
-    path = os.path.join(cfg.data_dir, "train.bin")
+def size_of(folder, name):
+    """Bytes of a file, 0 where there is none."""
+    path = os.path.join(folder, name)
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
@@ -134,8 +139,7 @@ def restore(checkpoint, model, optimizers, env):
     if checkpoint.get("shards"):
         load_shards(checkpoint["shards"], learned_weights(model), optimizers)
     else:
-        if is_shard(next(model.parameters())):
-            shard_checkpoint(checkpoint, model, optimizers)
+        check(not is_shard(next(model.parameters())), "this run was saved whole: go on without --shard")
         model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             # averages are the checkpoint's; rates, decay and momentum are what the settings say now
@@ -178,7 +182,8 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         "trained_len": getattr(model, "trained_len", 0),
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
-        "data": data_size(cfg),
+        "data": size_of(cfg.data_dir, "train.bin"),
+        "log": size_of(cfg.out_dir, "log.jsonl"),
         "optimizers": states,
         "scaler": env.scaler.state_dict(),
         **extra})
@@ -189,7 +194,9 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
 
 def learned_weights(model):
     """Return what of a model's state its checkpoint holds: all of it, or its adapters alone."""
-    return adapters_of(model) if getattr(model, "lora", None) else model.state_dict()
+    if getattr(model, "lora", None):
+        return adapters_of(model)
+    return model.state_dict()
 
 
 def save_checkpoint(path, checkpoint):
@@ -277,7 +284,8 @@ def load_reward_model(path, device="cpu", fingerprint=None):
     if checkpoint.get("lora"):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         # the trunk lies in the run that it started from, without a head over the vocabulary; the score's head is here
-        weights = with_base(checkpoint, folder, "trunk.") | head_of(checkpoint["model"])
+        weights = with_base(checkpoint, folder, "trunk.")
+        weights.update({name: checkpoint["model"][name] for name in ("head.weight", "head.bias")})
         weights.pop("trunk.lm_head.weight", None)
     model = ScalarModel(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(weights, strict=True)
@@ -315,22 +323,6 @@ def log(cfg, env, step, record):
     print(f"step {step}/{cfg.max_steps} | " + " | ".join(words), flush=True)
     with open(os.path.join(cfg.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps({"step": step, **record}) + "\n")
-
-
-def trim_log(cfg, env, step):
-    """Drop what log.jsonl says of steps after the one that a run goes on from (0: all): they will be done again."""
-    path = os.path.join(cfg.out_dir, "log.jsonl")
-    if not env.is_main or not os.path.exists(path):
-        return
-    kept = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by a kill goes, too
-                if step and json.loads(line)["step"] <= step:
-                    kept.append(line.rstrip("\n") + "\n")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
 
 
 def finish(cfg, env, step, hint=""):

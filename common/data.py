@@ -42,7 +42,7 @@ class Split:
         return len(self.idx) - 1
 
     def document(self, i):
-        """Return (ids, mask) of document i, int64 and uint8; mask is None for prompts."""
+        """Return (ids, mask) of document i, int64 and uint8; mask is None for prompts and pieces of a text."""
         part = slice(self.idx[i], self.idx[i + 1])
         mask = None if self.mask is None else self.mask[part]
         return self.tokens[part].astype(np.int64), mask
@@ -185,10 +185,10 @@ def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
     for folder in folders.split(","):
         train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
         check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
-        longest = PIECE
-        if train.idx is not None:
-            longest = np.diff(train.idx).max(initial=0)
-        check(longest <= max_seq_len and len(train.tokens) > PIECE, f"{folder} has {len(train.tokens)} tokens, in rows "
+        if train.idx is None:
+            train.idx = np.arange(0, len(train.tokens), PIECE)  # as if each piece of a text were a document
+        longest = np.diff(train.idx).max(initial=0)
+        check(0 < longest <= max_seq_len, f"{folder} has {len(train.tokens)} tokens, in rows "
               f"of up to {longest}; wanted are rows of at most the {max_seq_len} that the model sees, and more tokens "
               f"than {PIECE}. Prepare it again with --max_length={max_seq_len}")
         splits.append(train)
@@ -204,15 +204,9 @@ def mixed_rows(splits, number, n_rows, seed, pad_id, env):
     split = splits[number % len(splits)]
     first = number // len(splits) * n_rows
     documents = []
-    if split.idx is None:
-        n_pieces = (len(split.tokens) - 1) // PIECE
-        for piece in shuffled(n_pieces, first, n_rows, seed):
-            begin = PIECE * piece
-            tokens = split.tokens[begin:begin + PIECE + 1].astype(np.int64)
-            documents.append((tokens, np.ones(len(tokens))))
-    else:
-        for i in shuffled(len(split), first, n_rows, seed):
-            documents.append(split.document(i))
+    for i in shuffled(len(split), first, n_rows, seed):
+        ids, mask = split.document(i)
+        documents.append((ids, np.ones(len(ids)) if mask is None else mask))  # of a text, all is learned
     # each process learns its share of the rows; how many tokens count in all, it must know from all of them
     n_learned = sum(mask[1:].sum() for _, mask in documents)
     ours = documents[env.rank::env.world]

@@ -67,9 +67,8 @@ def generate(
         cache.select(prompt_of)
     seen = torch.zeros(len(new), model.config.vocab_size, dtype=torch.bool, device=device)
     if repetition_penalty != 1.0:
-        # the prompt's tokens have been seen; padding has not, unless the prompt itself holds that token
-        seen.scatter_(1, ids[prompt_of], True)
-        seen[:, pad_id] &= torch.tensor([pad_id in p for p in prompts], device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
 
     def choose(hidden, seen, uniforms):
         """logits → filtered → one id a row."""

@@ -11,7 +11,6 @@ What differs from the paper and peft: (1) q, k, v are one matrix and share one A
 pretraining holds these tokens, so they have one and the same row, and with that row frozen no adapter could tell
 <|im_end|> from the others: answers would not end.
 """
-import contextlib
 import hashlib
 import math
 import os
@@ -37,15 +36,12 @@ class LoRALinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.scale = alpha / rank
-        self.off = False  # True: the layer as it was before
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         # with B = 0 the first step starts from the base itself; were A zero as well, neither would get a gradient
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        if self.off:
-            return super().forward(x)
         # two thin matmuls instead of a change of W: rank * (in + out) numbers to learn instead of in * out
         thin = F.linear(x, self.lora_a)                                            # (..., rank)
         change = F.linear(thin, self.lora_b) * self.scale                          # (..., out)
@@ -54,7 +50,6 @@ class LoRALinear(nn.Linear):
 
 class LearnedRows(nn.Module):
     """A matrix (V, C) with some rows of its own, which learn: registered on an embedding, as its weight."""
-    off = False  # see WithoutAdapters
 
     def __init__(self, weight, rows):
         super().__init__()
@@ -62,8 +57,6 @@ class LearnedRows(nn.Module):
         self.lora_rows = nn.Parameter(weight[rows].detach().clone())               # (rows, C)
 
     def forward(self, weight):
-        if self.off:
-            return weight
         return weight.index_copy(0, self.rows, self.lora_rows)
 
 
@@ -112,42 +105,9 @@ def start_lora(model, cfg, weights, tokenizer):
     return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights), rows)
 
 
-class WithoutAdapters:
-    """A model with adapters as it was before them: the frozen reference of RL, without a second copy in memory."""
-
-    def __init__(self, model):
-        self.model = model
-        self.config = model.config
-        self.adapted = [module for module in model.modules() if isinstance(module, (LoRALinear, LearnedRows))]
-
-    @property
-    def head_weight(self):
-        with self.switched_off():
-            return self.model.head_weight
-
-    def __call__(self, ids):
-        with self.switched_off():
-            return self.model(ids)
-
-    @contextlib.contextmanager
-    def switched_off(self):
-        for module in self.adapted:
-            module.off = True
-        yield
-        for module in self.adapted:
-            module.off = False
-
-
 def adapters_of(model):
     """What of the model's state dict its checkpoint holds: adapters, and the head of a reward model, which learns too."""
-    weights = model.state_dict()
-    adapters = {name: tensor for name, tensor in weights.items() if "lora_" in name}
-    return adapters | head_of(weights)
-
-
-def head_of(weights):
-    """The head of a ScalarModel among its weights: a score is new, there is nothing to put adapters on."""
-    return {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
+    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name or name.startswith("head.")}
 
 
 def merge_adapters(weights, adapters, scale, rows=()):

@@ -18,7 +18,7 @@ from common.checkpoint import load_reward_model
 from common.data import pad, shift, shuffled
 from common.distributed import all_sum
 from common.generate import generate
-from common.loss import answer_logps, score_answers, token_logps
+from common.loss import score_answers, token_logps
 from configurator import check
 from tokenizer import render_chat
 
@@ -124,16 +124,15 @@ def function_scorer(spec, tokenizer, env):
     def scores_of(prompts, answers):
         """The scores of some answers; nan, and said why, where there are none."""
         try:
-            rewards = list(function(prompts, answers)) if in_batches else [function(prompts[0], answers[0])]
+            rewards = function(prompts, answers) if in_batches else [function(prompts[0], answers[0])]
             scores = [float(reward) for reward in rewards]  # also of numpy's and torch's numbers
+            if len(scores) == len(answers) and all(map(math.isfinite, scores)):
+                return scores
             reason = f"returned {rewards!r:.100}, no finite number for each answer,"
         except Exception as error:
-            scores = []
             reason = f"failed ({type(error).__name__}: {error})"
-        if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
-            print(f"error: {spec} {reason} on the answer {answers[0]!r} to {prompts[0]!r}", file=sys.stderr)
-            return [math.nan] * len(answers)
-        return scores
+        print(f"error: {spec} {reason} on the answer {answers[0]!r} to {prompts[0]!r}", file=sys.stderr)
+        return [math.nan] * len(answers)
 
     def scorer(documents):
         prompts = []
@@ -145,12 +144,10 @@ def function_scorer(spec, tokenizer, env):
             if answer[-1] in (tokenizer.im_end_id, tokenizer.eot_id):
                 answer = answer[:-1]
             answers.append(tokenizer.decode(answer))
-        if in_batches:
-            scores = scores_of(prompts, answers)
-        else:
-            scores = []
-            for prompt, answer in zip(prompts, answers):
-                scores += scores_of([prompt], [answer])
+        size = len(documents) if in_batches else 1
+        scores = []
+        for i in range(0, len(documents), size):
+            scores += scores_of(prompts[i:i + size], answers[i:i + size])
         return torch.tensor(scores, dtype=torch.float32, device=env.device)
 
     return scorer
@@ -160,6 +157,8 @@ def make_scorer(cfg, tokenizer, env):
     """Return the scorer that cfg names: the rule cfg.reward, or the reward model cfg.reward_from."""
     if cfg.reward:
         return function_scorer(cfg.reward, tokenizer, env)
+    if not cfg.reward_from:
+        return lambda documents: torch.zeros(len(documents), device=env.device)  # a teacher judges tokens, no answers
     reward_model = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
     return model_scorer(reward_model, tokenizer.pad_id, env)
 
@@ -170,17 +169,6 @@ def model_scorer(reward_model, pad_id, env):
     @torch.no_grad()
     def scorer(documents):
         return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
-
-    return scorer
-
-
-def teacher_scorer(teacher, pad_id, env):
-    """Return a scorer, documents [(ids, mask)] -> scores (B): log p of a token of the answer, on average, to a teacher."""
-
-    @torch.no_grad()
-    def scorer(documents):
-        logps, lengths = answer_logps(teacher, teacher.head_weight, *pad(documents, pad_id, env.device), env)
-        return logps / lengths
 
     return scorer
 
@@ -253,26 +241,16 @@ def summary(batch, env):
     return means
 
 
-
-def score_scale(batch, cfg, env):
-    """Return mean and deviation (1 where there is none) of the scores of all processes; say where no_eos_penalty, which
-    is in their units, is next to nothing beside them."""
-    score = batch["score"]
-    n, total, square = all_sum([len(score), score.sum(), (score.double() ** 2).sum()], env)
+def rescale_critic(critic, scores, cfg, env):
+    """Give the critic's values the mean and the deviation of the scores of all processes: in the units of a rule the
+    critic, a reward model until now, would have to learn far too long. A reward model's scores have them already."""
+    if not cfg.reward:
+        return
+    n, total, square = all_sum([len(scores), scores.sum(), (scores.double() ** 2).sum()], env)
     mean = total / n
-    deviation = math.sqrt(max(square / n - mean ** 2, 0.0)) or 1.0
-    if env.is_main and 0 < cfg.no_eos_penalty < 0.1 * deviation:
-        print(f"note: scores differ by {deviation:.3g}, so no_eos_penalty={cfg.no_eos_penalty} hardly keeps answers "
-              f"from being cut. Try --no_eos_penalty={deviation:.1g}")
-    return mean, deviation
-
-
-def rescale_critic(critic, batch, cfg, env):
-    """Give the critic's values the mean and the deviation of a rule's scores, where a rule is the reward."""
-    mean, deviation = score_scale(batch, cfg, env)
-    if cfg.reward:
-        critic.head.weight.data *= deviation
-        critic.head.bias.data.fill_(mean)
+    variance = max(square / n - mean ** 2, 0.0)
+    critic.head.weight.data *= math.sqrt(variance) or 1.0
+    critic.head.bias.data.fill_(mean)
 
 
 def must_stop(batch, env):

@@ -45,18 +45,6 @@ def shard_like(whole, p):
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def shard_checkpoint(checkpoint, model, optimizers):
-    """Replace the tensors of a checkpoint that was saved whole by this process's shards of them."""
-    ours = model.state_dict()
-    checkpoint["model"] = {name: shard_like(whole, ours[name]) for name, whole in checkpoint["model"].items()}
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        params = sum([group["params"] for group in optimizer.param_groups], [])
-        for number, values in state["state"].items():
-            for name, value in values.items():
-                if value.ndim:  # of the shape of its parameter; the count of steps is a single number
-                    values[name] = shard_like(value, params[number])
-
-
 def load_shards(folder, weights, optimizers):
     """Read what checkpoint.save() has written to folder into these very tensors, whole ones or shards, also where they
     are cut otherwise than those that were saved."""

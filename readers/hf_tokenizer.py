@@ -4,7 +4,7 @@ file does not say.
 
     read_folder(folder, rules, ours)    a sentencepiece model as it is; a byte-level tokenizer.json (minimind, Qwen,
                                         Llama 3, GLM-4) as a tiktoken rank file; any other tokenizer.json as it is
-    load_library(data, path)            such another one, through the tokenizers library
+    load_library(data)                  such another one, through the tokenizers library
     follow(encode, settings)            what settings do to a text before it is encoded
 
 Ids are those that transformers gives: rank files are made only where merging by rank is the same as merging by list.
@@ -276,16 +276,10 @@ def canonical(theirs, ours):
     return json.dumps(kept, ensure_ascii=False).encode()
 
 
-def load_library(data, path):
+def load_library(data):
     """Return what a Tokenizer needs of a tokenizer.json: encode, pieces {id: bytes}, dummy_prefix, unk_id."""
-    try:
-        import tokenizers
-    except ImportError:
-        check(False, f"{path} is read by the package tokenizers: pip install tokenizers")
-    try:
-        library = tokenizers.Tokenizer.from_str(data.decode())
-    except Exception as error:
-        raise ValueError(f"{path}: the tokenizers library cannot read its tokenizer.json: {error}") from error
+    import tokenizers
+    library = tokenizers.Tokenizer.from_str(data.decode())
     library.encode_special_tokens = True        # a text that names one is a text like any other
 
     def encode(text):
@@ -306,10 +300,6 @@ def load_library(data, path):
         else:
             pieces[i] = piece.replace("▁", " ").encode()
 
-    # the text of the ids must be the text, but for a space before it
-    sample = "床前 moon\n"
-    back = b"".join(pieces[i] for i in encode(sample)).decode(errors="replace")
-    check(back.removeprefix(" ") == sample, f"{path}: this vocabulary turns {sample!r} into {back!r}, so a model that "
-          "learned it could not write it. Take one that keeps line breaks and spaces")
+    prefix = b"".join(pieces[i] for i in encode("moon")).startswith(b" ")  # some put a space before a text
     unknown = None if spelled else library.token_to_id(model.get("unk_token") or "")
-    return {"encode": encode, "pieces": pieces, "dummy_prefix": back != sample, "unk_id": unknown}
+    return {"encode": encode, "pieces": pieces, "dummy_prefix": prefix, "unk_id": unknown}

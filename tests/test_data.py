@@ -112,11 +112,11 @@ def test_mixed_conversations_are_shared_among_processes(ranked, world):
 
 
 def test_mixed_text_is_cut_into_pieces():
-    text = Split(np.arange(128 * 5 + 1, dtype=np.uint16), None, None, None, {})
+    text = Split(np.arange(128 * 5 + 1, dtype=np.uint16), None, np.arange(0, 128 * 5 + 1, 128), None, {})
     starts = []
     for number in range(5):
         ids, targets, weights = mixed_rows([text], number, 2, 1, 0, env_of())
-        assert ids.shape == (2, 128) and torch.equal(targets, ids + 1)
-        assert torch.allclose(weights, torch.tensor(1 / 256))
+        assert ids.shape == (2, 127) and torch.equal(targets, ids + 1)
+        assert torch.allclose(weights, torch.tensor(1 / 254))
         starts += ids[:, 0].tolist()
     assert sorted(starts) == sorted([0, 128, 256, 384, 512] * 2)  # two epochs

@@ -32,17 +32,6 @@ def small_chunks(monkeypatch):
 # ---------------------------------------------------------------------------- by hand
 
 
-def test_log_probs_by_hand():
-    """token_logps: log of the target's probability; at temperature 1/2 probabilities are squared, 1/30, 4/30, 25/30."""
-    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    x = torch.ones(1, 2, 1)
-    targets = torch.tensor([[1, 2]])
-    logps = token_logps(x, weight, targets, torch.ones(1, 2))
-    assert logps[0].tolist() == pytest.approx([math.log(2 / 8), math.log(5 / 8)])
-    squared = token_logps(x, weight, targets, torch.tensor([[0.0, 1.0]]), temperature=0.5)
-    assert squared[0].tolist() == pytest.approx([0.0, math.log(25 / 30)])
-
-
 def small_model():
     torch.manual_seed(3)
     return Transformer(ModelConfig(vocab_size=320, dim=32, n_layers=1, n_heads=2, max_seq_len=32))

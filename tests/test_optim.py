@@ -88,22 +88,6 @@ def with_singular_values(values, rows, columns):
     return (u * values) @ vh, u @ vh
 
 
-@pytest.mark.parametrize("rows, columns", [(32, 32), (16, 64), (64, 16), (1, 8)])
-@pytest.mark.parametrize("condition, size", [(1, 1.0), (10, 1e-4), (100, 1e4)])
-def test_orthogonalize_against_an_svd(rows, columns, condition, size):
-    """orthogonalize(U S V') is about U V': singular values within 15 % of 1, whatever they were, and the directions
-    kept."""
-    values = size * torch.logspace(0, -math.log10(condition), min(rows, columns))
-    x, wanted = with_singular_values(values, rows, columns)
-    got = orthogonalize(x[None])[0]
-    found = torch.linalg.svdvals(got)
-    assert 0.85 < found.min() and found.max() < 1.15
-    assert (got - wanted).norm() < 0.15 * wanted.norm()
-    # singular vectors are kept exactly: got = U f(S) V', so wanted' got is symmetric
-    product = wanted.mT @ got
-    assert (product - product.mT).norm() < 1e-3 * product.norm()
-
-
 def test_orthogonalize_many_at_once_and_nothing():
     x = torch.randn(5, 24, 8)
     together = orthogonalize(x)

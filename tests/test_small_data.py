@@ -8,7 +8,6 @@ from small_runs import play, place, run, settings, toy_models, write_folder  # n
 
 import ppo
 from common.optim import lr_at
-from common.rollout import score_scale
 from small_runs import CPU
 from tokenizer import render_chat
 
@@ -52,15 +51,6 @@ def test_the_critic_learns_rewards_of_any_size(play, scale):
 
     _, log = play(ppo, toy_models(), scorer=count, max_steps=16, lr=1e-9, min_lr=1e-9, kl_coef=0.0)
     assert log[-1]["value_loss"] < 0.75 * log[1]["value_loss"]
-
-
-def test_a_penalty_too_small_to_matter_is_said(capsys):
-    """score_scale: mean and deviation of the scores; no_eos_penalty is in their units."""
-    batch = {"score": torch.tensor([100.0, 300.0])}
-    assert score_scale(batch, types.SimpleNamespace(no_eos_penalty=2.0), CPU) == (200.0, 100.0)
-    assert "Try --no_eos_penalty=1e+02" in capsys.readouterr().out
-    assert score_scale(batch, types.SimpleNamespace(no_eos_penalty=50.0), CPU)[1] == 100.0
-    assert capsys.readouterr().out == ""
 
 
 def test_what_a_rule_is_given(place, tmp_path):

@@ -10,7 +10,8 @@ import torch
 from configurator import check
 from model import Transformer
 from readers.hf_tokenizer import read_json, text_of
-from tokenizer import load_tokenizer, make_tokenizer
+from readers.vocabularies import open_vocabulary
+from tokenizer import make_tokenizer
 from tools.hf_names import config_from_hf, hf_views
 from tools.to_hf import need
 
@@ -18,7 +19,7 @@ from tools.to_hf import need
 def read_vocabulary(folder):
     """Return the Tokenizer of a folder of transformers. What opens a text there opens it here, too: nothing, where
     transformers puts nothing before a text."""
-    tok = load_tokenizer(folder)
+    tok = open_vocabulary(folder)
     return make_tokenizer(tok.raw, {"start": [], **tok.settings}, folder)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from common.checkpoint import load_model
 from configurator import check
-from tokenizer import QWEN_PATTERN
+from readers.vocabularies import QWEN_PATTERN
 from tools.chat_template import CHAT_TEMPLATE, REWARD_TEMPLATE
 from tools.hf_names import hf_config, hf_views, qkv_rows
 from tools.vocabulary import is_library, tokenizer_json

@@ -5,7 +5,7 @@ The vocabularies that tokenizer.py reads, as other programs write them.
     tokenizer_json(tok, start)    the dict of transformers' tokenizer.json; start: ids that it puts before a text
 
 Plain protobuf and JSON: no library of the other side is needed. A text must get the same ids on both sides, so a
-vocabulary that cannot promise that is refused. The way back: readers/hf_tokenizer.py.
+vocabulary that cannot promise that is refused. The way back: readers/vocabularies.py.
 """
 import json
 import struct
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from configurator import check
 from readers.hf_tokenizer import byte_letters
-from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN
+from readers.vocabularies import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN
 
 # what llama.cpp calls the rules by which tokenizer.py cuts a text
 LLAMA_CPP_RULES = {QWEN_PATTERN: "qwen2", LLAMA3_PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}

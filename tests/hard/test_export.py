@@ -22,7 +22,8 @@ from model import ScalarModel
 from oracles import KINDS, config_of, random_model
 from readers.calls import call_tools, list_tools
 from test_vocabulary import FAMILIES, train_sentencepiece, write_family
-from tokenizer import SPECIAL_TOKENS, load_tokenizer, render_chat, train_tokenizer
+from readers.vocabularies import open_vocabulary as load_tokenizer
+from tokenizer import SPECIAL_TOKENS, render_chat, train_tokenizer
 from tools import export, from_hf, to_hf, vocabulary
 from tools.chat_template import PLAIN_TEMPLATE
 from tools.hf_names import config_from_hf, hf_config, hf_views

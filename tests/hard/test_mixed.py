@@ -28,7 +28,7 @@ def test_rows_mixed_in_add_their_loss(place, tmp_path, stage, kind):
     else:
         text = open_data(f"{root}/text")[0].tokens
         starts = PIECE * shuffled((len(text) - 1) // PIECE, 0, 6, 1234)
-        documents = [(text[i:i + PIECE + 1].astype(np.int64), [1] * (PIECE + 1)) for i in starts]
+        documents = [(text[i:i + PIECE].astype(np.int64), [1] * PIECE) for i in starts]
     model, _, _ = load_model(f"{root}/base")
     loss = mean_nll(model, documents)
     plain = flat_gradient(loss, model)

@@ -462,11 +462,3 @@ def test_muon_multiplies_in_the_dtype_of_matmuls():
         steps.append(p.detach() - before)
     exact, rounded = steps
     assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
-
-
-def test_loss_of_extreme_logits_is_finite():
-    """cross_entropy: the target's logit of 1000 against -1000, and the other way round."""
-    x = torch.tensor([[1000.0, 0.0]])
-    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    for target, wanted in ((0, 0.0), (1, 2000.0)):
-        assert cross_entropy(x, weight, torch.tensor([target]), torch.ones(1)).item() == wanted

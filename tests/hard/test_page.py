@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import tokenizer
+from readers import vocabularies
 from common.checkpoint import load_model, load_reward_model
 from common.generate import filter_logits, generate
 from configurator import load_config
@@ -69,11 +70,11 @@ def test_ids_equal_the_tokenizers(where, family, request, tmp_path, tok_file, mo
         ranks = rank_file(path)
         if "digits" in family:
             ranks = rank_file(path, size=len(ranks) + 10)
-            monkeypatch.setitem(tokenizer.PATTERNS, len(ranks), tokenizer.LLAMA3_PATTERN)
+            monkeypatch.setitem(vocabularies.PATTERNS, len(ranks), vocabularies.LLAMA3_PATTERN)
     elif family == "words and NFC":
-        settings = {"rule": tokenizer.GPT2_PATTERN, "nfc": True, "words": {"<think>": len(rank_file(path))}}
+        settings = {"rule": vocabularies.GPT2_PATTERN, "nfc": True, "words": {"<think>": len(rank_file(path))}}
         tokenizer.make_tokenizer(path.read_bytes(), settings, str(path)).save(path)
-    tok = load_tokenizer(REAL[0] if REAL else tok_file if family == "trained" else str(path))
+    tok = vocabularies.open_vocabulary(REAL[0] if REAL else tok_file if family == "trained" else str(path))
     paths = REAL or [save_run(tmp_path / "run", random_model("llama", vocab_size=tok.vocab_size), tok, "pretrain")]
     lines = lines_of(10_000 if REAL or (where, family) == ("node", "trained") else 2_000)
     texts = [*lines, *TRAPS, "a \ud83d b"]

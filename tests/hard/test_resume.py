@@ -93,7 +93,7 @@ def test_what_has_changed_is_said(tmp_path, tokenizer, capsys):
     (data / "train.bin").write_bytes(b"x" * 50)
     go_on(pretrain, dataclasses.replace(cfg, lr=5e-3, max_steps=7), model, optimizers, tokenizer)
     out = capsys.readouterr().out
-    assert "settings changed since: {'max_steps': 7, 'lr': 0.005, 'the data itself': 50}" in out
+    assert "settings changed since: {'max_steps': 7, 'lr': 0.005, 'the data itself': 'prepared anew'}" in out
     assert "it is finished: raise --max_steps" in out
 
 

@@ -5,8 +5,6 @@ from small_runs import make_run, run, settings
 
 import grpo
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
-from common.lora import WithoutAdapters, add_lora
-from model import ModelConfig, Transformer
 
 
 def test_the_advantage_is_the_gradient_of_the_reverse_kl():
@@ -45,25 +43,11 @@ def test_a_student_follows_its_teacher(place, teacher, tmp_path):
     assert all(record["first_ratio_error"] == 0 for record in steps)
     kl = [record["kl"] for record in steps]
     assert 0 < sum(kl[-5:]) < 0.6 * sum(kl[:5])
-    assert steps[-1]["val_score"] > first["val_score"]
-
-
-def test_without_its_adapters_a_model_is_its_base():
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, max_seq_len=32))
-    ids = torch.randint(0, 64, (2, 9))
-    base = model(ids)
-    add_lora(model, 4, 8.0, "qkv|out|gate_up|down")
-    for name, p in model.named_parameters():
-        if "lora_b" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    adapted = model(ids)
-    assert torch.equal(WithoutAdapters(model)(ids), base) and not torch.allclose(adapted, base)
-    assert torch.equal(model(ids), adapted)
+    assert steps[-1]["val_kl"] < first["val_kl"]
 
 
 def test_adapters_learn_by_rl_over_a_frozen_base(place, tmp_path):
-    """One model is policy and reference: KL is 0 before the first step, the first ratio 1; the checkpoint holds
+    """KL from the base is 0 before the first step, the first ratio 1; the checkpoint holds
     adapters alone, and what load_model() merges is another model."""
     cfg = settings(place[0], "grpo", f"{tmp_path}/run", lora_rank=2, lr=3e-2, max_new_tokens=6)
     checkpoint, (first, *steps) = run(cfg)

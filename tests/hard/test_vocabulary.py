@@ -11,8 +11,10 @@ from conftest import ROOT
 from test_tokenizer import BITS, POEMS, TEXTS, TRAPS, streamed
 from hypothesis import given, settings
 
-import tokenizer
-from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN, StreamDecoder, load_tokenizer
+from readers import vocabularies
+from readers.vocabularies import GPT2_PATTERN, LLAMA3_PATTERN, QWEN_PATTERN
+from readers.vocabularies import open_vocabulary as load_tokenizer
+from tokenizer import StreamDecoder
 
 # Written out once more, as the families publish them.
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -118,7 +120,7 @@ def test_pattern_is_part_of_the_fingerprint(tmp_path, monkeypatch):
     rank_file(tmp_path / "tokenizer.model")
     before = load_tokenizer(tmp_path).fingerprint
     assert load_tokenizer(tmp_path).fingerprint == before
-    monkeypatch.setattr(tokenizer, "QWEN_PATTERN", LLAMA3_PATTERN)
+    monkeypatch.setattr(vocabularies, "QWEN_PATTERN", LLAMA3_PATTERN)
     assert load_tokenizer(tmp_path).fingerprint != before
 
 
