@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
-from common.lora import start_lora
+from common.lora import share_weights, start_lora
 from common.loss import token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
@@ -180,13 +180,16 @@ def main(cfg):
     # ------------------------------------------------------------------------ models
     # the policy answers and learns; the reference is the policy as it was, or a teacher. The experts' bias stays
     model, tokenizer, base = load_model(cfg.init_from, env.device)
-    if cfg.lora_rank:
-        start_lora(model, cfg, base["model"], tokenizer)
-    del base
     reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
     reference.requires_grad_(False)
     check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
           f"{cfg.init_from}: their probabilities cannot be compared")
+    if cfg.lora_rank:
+        # only the adapters change: what is frozen lies in memory once, for policy and reference
+        if not cfg.teacher:
+            share_weights(model, reference)
+        start_lora(model, cfg, base["model"], tokenizer)
+    del base
     scorer = make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     environment = load_function(cfg.environment) if cfg.environment else None

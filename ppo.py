@@ -30,6 +30,7 @@ from common.checkpoint import catch_signals, find, finish, load_model, load_rewa
 from common.checkpoint import log, own, restore, save
 from common.data import mixed_rows, open_data, open_mixed
 from common.distributed import all_sum, check_finite, micro_steps, start
+from common.lora import share_weights, start_lora
 from common.loss import last_learned, token_logps
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3
@@ -55,6 +56,10 @@ class Config:
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
     no_eos_penalty: NonNegative = 2.0       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.1              # penalty per nat of distance from the reference
+    # adapters of the actor (common/lora.py)
+    lora_rank: Whole = 0                    # 0: train all weights
+    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # advantages
     gamma: Share = 1.0
     lam: Share = 0.95
@@ -91,6 +96,8 @@ class Config:
 # settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
     "clip": "ppo_epochs * minibatches > 1",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
     "ptx_dir": "ptx_coef",
     "ptx_rows": "ptx_coef"}
 
@@ -170,8 +177,13 @@ def main(cfg):
     check_minibatches(cfg.minibatches, cfg.batch_size)
 
     # ------------------------------------------------------------------------ models
-    actor, tokenizer, _ = load_model(cfg.init_from, env.device)
+    actor, tokenizer, base = load_model(cfg.init_from, env.device)
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
+    if cfg.lora_rank:
+        # only the adapters change: what is frozen lies in memory once, for actor and reference
+        share_weights(actor, reference)
+        start_lora(actor, cfg, base["model"], tokenizer)
+    del base
     # a reward model's weights already know what raises a score
     critic = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
     scorer = make_scorer(cfg, tokenizer, env)

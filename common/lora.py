@@ -105,6 +105,12 @@ def start_lora(model, cfg, weights, tokenizer):
     return add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base, weights_hash(weights), rows)
 
 
+def share_weights(model, other):
+    """Let both models, which are equal, use one copy of their weights; adapters that come later are the first one's."""
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        ours.data = theirs.data
+
+
 def adapters_of(model):
     """What of the model's state dict its checkpoint holds: adapters, and the head of a reward model, which learns too."""
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name or name.startswith("head.")}

@@ -5,7 +5,7 @@ from small_runs import refused, run, settings
 from test_lora import tiny
 
 from common.checkpoint import load_checkpoint, load_model
-from common.lora import add_lora
+from common.lora import add_lora, share_weights
 
 
 def test_a_run_of_adapters_is_small_and_loads_over_its_base(place, tmp_path, monkeypatch):
@@ -56,15 +56,29 @@ def test_a_stage_that_starts_from_adapters_or_a_file(place, tmp_path, stage):
         assert all((other[name] - weight).abs().max() <= 1e-6 for name, weight in ends[0].items())
 
 
-def test_adapters_learn_over_a_base_that_stays(place, tmp_path):
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_adapters_learn_over_a_base_that_stays(place, tmp_path, stage):
+    """At the first step policy and reference are one, though the base lies in memory once."""
     root, _ = place
-    checkpoint, records = run(settings(root, "dpo", f"{tmp_path}/lora", lora_rank=2, lr=1e-2))
-    assert abs(records[0]["margin"]) < 1e-5 and records[-1]["val_loss"] < records[3]["val_loss"]
+    checkpoint, records = run(settings(root, stage, f"{tmp_path}/lora", lora_rank=2, lr=1e-2))
+    if stage == "dpo":
+        assert abs(records[0]["margin"]) < 1e-5 and records[-1]["val_loss"] < records[3]["val_loss"]
+    else:
+        kl = [record["kl"] for record in records if "kl" in record]
+        assert abs(kl[0]) < 1e-5 and abs(kl[-1]) > 1e-4
     assert checkpoint["lora"]["rank"] == 2 and all("lora_" in name for name in checkpoint["model"])
     merged, base = load_model(f"{tmp_path}/lora")[0].state_dict(), load_checkpoint(f"{root}/base")["model"]
     changed = {name.split(".", 2)[-1] for name in merged if not torch.equal(merged[name], base[name])}
     # the first are rows of the embedding
     assert changed == {"weight", "attn.qkv.weight", "attn.out.weight", "ffn.gate_up.weight", "ffn.down.weight"}
+
+
+def test_shared_weights_are_one_in_memory():
+    policy, reference = tiny(), tiny()
+    share_weights(policy, reference)
+    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(policy.parameters(), reference.parameters()))
+    add_lora(policy, 2, 4.0, "qkv")
+    assert not any("lora" in name for name in reference.state_dict())
 
 
 def test_a_is_drawn_as_kaiming_uniform():

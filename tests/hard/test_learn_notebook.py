@@ -16,7 +16,7 @@ def copy_project(place):
     os.makedirs(place / "tests")
     shutil.copy(exercise.TESTS, place / "tests")
     for name, old, new in (("small.py", "max_steps=400", "max_steps=20"), ("small.py", "max_steps=200", "max_steps=10"),
-                           ("small.py", "max_steps=60", "max_steps=3"), ("small.py", "max_steps=40,", "max_steps=3,"),
+                           ("small.py", "max_steps=120", "max_steps=3"), ("small.py", "max_steps=40,", "max_steps=3,"),
                            ("small.py", "max_steps=60, batch", "max_steps=2, batch"),
                            ("tiny.py", "steps=360", "steps=8"),
                            ("tiny.py", "steps=100", "steps=4"), ("tiny.py", "steps=80", "steps=2")):
