@@ -6,10 +6,13 @@ a control token here, so a model would learn to spell them. They are counted, sh
 import collections
 import re
 
-MARKERS = re.compile(r"<\|/?[A-Za-z_ ]{1,40}\|>|</?s>|<(?:bos|eos|eot|eop|eoa|eoh|eom|eoc|eor|pad|unk|sep|mask)>|"
-                     r"</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|\[(?:gMASK|sMASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]|"
-                     r"<｜[^｜<>]{1,40}｜>|<0x[0-9A-F]{2}>|<(?:n|sop)>|<extra_id_\d+>|<unused\d+>|\[unused\d+\]|"
-                     r"\{\{[A-Z_]+\}\}")  # the last: a name that is to be filled in
+MARKERS = re.compile(
+    r"<\|/?[A-Za-z0-9_ ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<</?SYS>>|</?(?:start|end)_of_turn>|<0x[0-9A-F]{2}>|"
+    r"<(?i:n|sop|bos|eos|eot|eod|eop|eoa|eoh|eom|eoc|eor|sos|pad|unk|sep|cls|mask)>|"
+    r"<(?:extra_id_|unused|reserved_|SPECIAL_)\d+>|\[unused\d+\]|"
+    r"\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]|"
+    r"\[(?:gMASK|sMASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS|EOT|SOS)\]|"
+    r"\{\{[A-Z_]+\}\}")  # the last: a name that is to be filled in
 
 
 def find_markers(content):

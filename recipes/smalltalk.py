@@ -10,6 +10,7 @@ Small talk for the quickstart's chat model: who it is, greetings, thanks, goodby
 A line of TALK: ways to ask, split at /, then ways to answer, split at /.
 """
 from configurator import check
+from readers.records import read_text
 
 NAME = "明月"
 
@@ -88,8 +89,7 @@ def conversations():
 def somebody_else(path):
     """Read a file of lines as in TALK. Return its pairs, and those of ours that can stay beside them: they are not
     asked there, and do not speak of 明月."""
-    with open(path, encoding="utf-8-sig") as f:
-        theirs = read_pairs(f.read(), path)
+    theirs = read_pairs(read_text(path), path)
     asked = {question.strip("？。！") for question, _ in theirs}
     rest = []
     for question, answer in conversations():

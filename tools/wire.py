@@ -83,8 +83,8 @@ class Settings(Wire):
 
 
 def is_setting(name, value, known):
-    """Whether an unknown field may be meant to change the answer: a number, a yes, a list, one known to, or what holds a
-    setting, {"options": {"top_k": 1}}. Names and notes of the client's own pass."""
+    """Whether an unknown field may be meant to change the answer: a number, a yes, a list, one known to, or what holds
+    a setting, {"options": {"top_k": 1}}. Names and notes of the client's own pass."""
     if name in NEUTRAL:
         return value is not None and value != NEUTRAL[name]
     names = {name, *value} if isinstance(value, dict) else {name}
@@ -120,7 +120,7 @@ class Message(Wire):
         if isinstance(data, dict):
             for name in sorted(data.keys() - cls.model_fields.keys() - {"annotations"}):
                 if data[name] and isinstance(data[name], (bool, list, dict)):
-                    raise ValueError(f"a message with {name} is not understood here; what is: role, content, tool_calls")
+                    raise ValueError(f"a message with {name} is not offered here; what is: role, content, tool_calls")
         return data
 
 

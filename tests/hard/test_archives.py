@@ -157,6 +157,9 @@ def test_somebody_else(raw, tmp_path):
     assert not any(re.search("(是|叫)明月", text) for text in said)
     assert ("谢谢！", "不客气。") not in talks  # asked there, with another mark behind it
     assert sum("阿福" in text for text in said) > 1_000
+    there = smalltalk.somebody_else(str(path))
+    path.write_bytes(path.read_bytes().decode().encode("gb18030"))
+    assert smalltalk.somebody_else(str(path)) == there
     path.write_text("你是谁？ = 阿福\n你好 你好\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="line 2"):
         smalltalk.somebody_else(str(path))

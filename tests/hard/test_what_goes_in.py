@@ -9,6 +9,7 @@ from prepared import POEMS, messages, run, small_tokenizer, write
 from readers.account import Skip
 from readers.calls import call_tools, list_tools
 from readers.folder import new_folder
+from readers.markers import find_markers
 from readers.schemas import convert, unfold
 from tokenizer import render_chat
 
@@ -369,6 +370,12 @@ def test_categories_and_copies_are_no_loss(tok_file):
 
 
 # ---------------------------------------------------------------- control tokens of other models
+
+
+@pytest.mark.parametrize("marker", [
+    "<|eot_id|>", "<|reserved_special_token_1|>", "<reserved_106>", "<EOS>", "[TOOL_CALLS]", "[/INST]", "<｜User｜>", "<0x0A>"])
+def test_control_tokens_of_the_field(marker):
+    assert find_markers(f"月{marker}光") == {marker: 1} and not find_markers("月<b>光</b> [1] <|> a < b | c > d")
 
 
 def test_control_tokens_are_counted_and_cut_at(tok_file):
