@@ -33,6 +33,7 @@ import math
 import os
 import random
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -259,14 +260,14 @@ def measure_chat(model, tokenizer, material, cfg, env):
 def measure_sft(model, tokenizer, folder, cfg, env):
     """Held-out conversations: greedy answers to their first questions, and how likely their own answers are."""
     _, val, _ = open_data(folder, "sft", tokenizer.fingerprint)
-    documents = []
+    documents = [val.document(i) for i in range(len(val))]
+    documents = [(ids, mask) for ids, mask in documents if len(ids) <= model.trained_len + 1]
+    if len(documents) < len(val):
+        print(f"note: {len(val) - len(documents)} of {len(val)} held-out conversations of {folder} are left out: they are "
+              f"longer than the {model.trained_len} tokens that the model was trained on", file=sys.stderr)
     n_tokens = 0
     n_bytes = 0
-    for i in range(len(val)):
-        ids, mask = val.document(i)
-        if len(ids) > model.trained_len + 1:
-            continue
-        documents.append((ids, mask))
+    for ids, mask in documents:
         n_tokens += int(mask.sum())
         n_bytes += len(tokenizer.decode_bytes(ids[mask > 0], skip_special=True))
     nats = -sum(logps_of(model, documents, tokenizer.pad_id, env))

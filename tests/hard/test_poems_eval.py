@@ -41,7 +41,7 @@ def test_score_reads_the_last_learned_token():
 def test_idiom_choice(tok, chat, monkeypatch):
     """value(idiom, whether its word is there too) is the log-prob of that explanation, and -3 that of anything else."""
     idioms = [{"word": f"春{i}夜", "explanation": f"好{i}月" + "坏" * (i % 3)} for i in range(10)]
-    nobody = types.SimpleNamespace(config=types.SimpleNamespace(max_seq_len=96))
+    nobody = types.SimpleNamespace(config=types.SimpleNamespace(max_seq_len=96), trained_len=96)
 
     def hits(value, rows=idioms):
         def logps(model, documents, pad_id, env):
@@ -112,6 +112,7 @@ class Parrot:
     def __init__(self, tok, answer):
         self.tok, self.answer, self.asked = tok, answer, []
         self.config = types.SimpleNamespace(max_seq_len=1000)
+        self.trained_len = 1000
 
     def generate(self, prompts, max_new_tokens, temperature, stop_ids, **settings):
         new = []

@@ -258,6 +258,7 @@ class Tap:
     def __init__(self, model):
         self.model = model
         self.config = model.config
+        self.trained_len = model.trained_len
         self.head_weight = model.head_weight
         self.logits = model.logits
         self.steps = None
