@@ -76,6 +76,15 @@ def test_bits_of_a_text(model, tok, tmp_path):
     for batch_size in (1, 2, 64):
         got = text_bits(model, tok, Config("text", input=str(path), batch_size=batch_size), CPU)["bits_per_byte"]
         assert got == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    # by position: the mean over the windows that begin at tokens 0, 2, 4, …
+    starts = range(0, len(ids) - 16, 2)
+    four = [0] * 5 + [1] * 4 + [0] * 8
+    nats = -sum(direct_logp(model, ids[i:i + 17], four) for i in starts) / len(starts) / 4
+    got = text_bits(model, tok, Config("text", input=str(path), window=16), CPU)
+    assert list(got) == ["0-2", "2-4", "4-8", "8-12", "12-16"]
+    assert got["4-8"] == pytest.approx(nats / math.log(2) * (len(ids) - 1) / len(text.encode()), rel=1e-5)
+    with pytest.raises(SystemExit, match="window=97 is more than the 96 tokens"):
+        text_bits(model, tok, Config("text", input=str(path), window=97), CPU)
     path.write_text("")
     with pytest.raises(SystemExit, match="is empty"):
         text_bits(model, tok, Config("text", input=str(path)), CPU)
