@@ -181,9 +181,11 @@ def text_line(rng, sums, cfg):
         return f"{x}+{y}+{carry}={x + y + carry}"
     a, op, b = next(sums)
     if rng.random() < cfg.worked_text:
-        # without the tags of a chat: those are left to the conversations
+        # without the tags of a chat: those are left to the conversations. Blank lines, now more, now fewer, so that the
+        # digits are found wherever the question stands: in a chat other tokens lie between it and the thought
+        gap = "\n" * rng.randint(1, 10)
         thought = "\n".join(columns(a, op, b))
-        return f"{a}{op}{b}=?\n{thought}\n{result(a, op, b)}"
+        return f"{a}{op}{b}=?{gap}{thought}\n{result(a, op, b)}"
     return f"{a}{op}{b}={result(a, op, b)}"
 
 
