@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An agent as small as it can be: the base model of runs/sums.sh may ask a calculator, and each call costs 0.2 of the
+# An agent as small as it can be: the base model of runs/sums.sh may ask a calculator, and each call costs 0.3 of the
 # reward. Numbers have one to four digits: it can add the short ones by itself.
 #   bash runs/calculator.sh           after runs/sums.sh;  bash runs/calculator.sh 2: after runs/sums.sh 2
 set -euo pipefail
@@ -18,13 +18,13 @@ prepare sums-tools-sft --input=$raw/tools-sft.jsonl --kind=sft --tokenizer=data/
 prepare sums-tools-prompts --input=$raw/tools-prompts.jsonl --kind=prompts --tokenizer=data/sums --val_fraction=0.02
 
 say "1. instruction tuning: 300 of 1,000 conversations ask the calculator, whatever the numbers"
-python sft.py config/sums_sft.py --data_dir=data/sums-tools-sft --seed="$seed" --init_from="$base" \
+python sft.py config/sums_sft.py --data_dir=data/sums-tools-sft --epochs=16 --seed="$seed" --init_from="$base" \
     --out_dir="out/sums-tools-sft$tail"
 
-say "2. GRPO: 1 for the right number, less 0.2 a call; the calculator answers while the model writes"
+say "2. GRPO: 1 for the right number, less 0.3 a call; the calculator answers while the model writes"
 python grpo.py config/sums_grpo.py --data_dir=data/sums-tools-prompts --seed="$seed" \
     --init_from="out/sums-tools-sft$tail" --out_dir="out/sums-tools-grpo$tail" \
-    --environment=recipes/sums.py:calculator --turns=2 --reward=recipes/sums.py:priced --watch=recipes/sums.py:calls
+    --max_steps=50 --environment=recipes/sums.py:calculator --turns=2 --reward=recipes/sums.py:priced --watch=recipes/sums.py:calls
 
 say "3. before and after, by the number of digits"
 python -m tools.evaluate sums --input=$raw/tools-test.jsonl --runs="out/sums-tools-sft$tail,out/sums-tools-grpo$tail" \
