@@ -89,9 +89,10 @@ def find(stage, same, cfg, env, model, tokenizer):
     check(total == step * env.world, f"rank {env.rank} finds step {step} in {path}, others find another: out_dir must "
           "be one folder that all machines share")
     # what the log says of later steps goes, as they will be done again
-    log_end = checkpoint.get("log", math.inf) if checkpoint else 0
-    if env.is_main and size_of(cfg.out_dir, "log.jsonl") > log_end:
-        os.truncate(os.path.join(cfg.out_dir, "log.jsonl"), log_end)
+    lines = log_lines(cfg)
+    n_kept = checkpoint.get("log", len(lines)) if checkpoint else 0
+    if env.is_main and len(lines) > n_kept:
+        os.truncate(os.path.join(cfg.out_dir, "log.jsonl"), sum(map(len, lines[:n_kept])))
     if checkpoint is None:
         return None
     then = checkpoint["config"]
@@ -106,7 +107,7 @@ def find(stage, same, cfg, env, model, tokenizer):
           "--out_dir, or start again with --resume=False")
     if env.is_main:
         changes = {key: value for key, value in now.items() if then.get(key) != value}
-        if checkpoint.get("data") != size_of(cfg.data_dir, "train.bin"):
+        if checkpoint.get("data") != data_size(cfg):
             changes["the data itself"] = "prepared anew"  # rows come in another order from here on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {changes or 'none'}")
         if step >= cfg.max_steps:
@@ -126,9 +127,9 @@ def identity(settings, same, model_config, lora, fingerprint):
     return facts
 
 
-def size_of(folder, name):
-    """Bytes of a file, 0 where there is none."""
-    path = os.path.join(folder, name)
+def data_size(cfg):
+    """Bytes of the training tokens."""
+    path = os.path.join(cfg.data_dir, "train.bin")
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
@@ -182,8 +183,8 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         "trained_len": getattr(model, "trained_len", 0),
         "config": dataclasses.asdict(cfg),
         "fingerprint": tokenizer.fingerprint,
-        "data": size_of(cfg.data_dir, "train.bin"),
-        "log": size_of(cfg.out_dir, "log.jsonl"),
+        "data": data_size(cfg),
+        "log": len(log_lines(cfg)),
         "optimizers": states,
         "scaler": env.scaler.state_dict(),
         **extra})
@@ -323,6 +324,15 @@ def log(cfg, env, step, record):
     print(f"step {step}/{cfg.max_steps} | " + " | ".join(words), flush=True)
     with open(os.path.join(cfg.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps({"step": step, **record}) + "\n")
+
+
+def log_lines(cfg):
+    """The lines of the log, as bytes: a kill may have cut the last one anywhere."""
+    path = os.path.join(cfg.out_dir, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        return f.readlines()
 
 
 def finish(cfg, env, step, hint=""):

@@ -62,8 +62,8 @@ def generate(
     # read the prompts; then every answer goes on from the keys and values of its own
     hidden = model(ids, cache=cache)[:, -1]                                        # (prompts, C)
     alive = torch.arange(len(new), device=device)  # the row each line of the batch writes to
+    hidden = hidden[prompt_of]                                                     # (rows, C)
     if len(place) < len(prompts):
-        hidden = hidden[prompt_of]                                                 # (rows, C)
         cache.select(prompt_of)
     seen = torch.zeros(len(new), model.config.vocab_size, dtype=torch.bool, device=device)
     if repetition_penalty != 1.0:
