@@ -9,7 +9,7 @@ For each number of digits:
     greedy_thinks   answers that think first;  greedy_length: their tokens
     greedy_calls    calls of the calculator a question;  copied: those that ask for just what the question asks
     pass@k          at temperature 1: questions of which one of k answers is right, estimated from --samples answers each
-                    to the first --n_sums questions (Chen et al. 2021, eq. 1)
+                    to the first --n_sums questions (Chen et al. 2021, eq. 1); not where no greedy answer was right
     thinks, length, entropy     of these samples; entropy in nats per token, -log p of what was sampled
     thinking_right, plain_right     right answers among those that think, and among the others
     examples        the first greedy answer, and the first wrong one (text)
@@ -140,8 +140,9 @@ def measure(model, tokenizer, cfg, env):
             ids, _ = render_chat(tokenizer, turns, add_generation_prompt=True)
             prompts.append(ids)
         part = greedy_part(model, tokenizer, records, prompts, cfg, env)
-        few = cfg.n_sums
-        part.update(sampled_part(model, tokenizer, records[:few], prompts[:few], cfg, env))
+        if any(part["greedy"]):  # else sampling takes long, and finds nothing
+            few = cfg.n_sums
+            part.update(sampled_part(model, tokenizer, records[:few], prompts[:few], cfg, env))
         for name, value in part.items():
             result[f"{digits} digits, {name}"] = value
     return result
