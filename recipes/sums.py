@@ -174,6 +174,10 @@ def chat(a, op, b, how):
     return {"messages": [question, {"role": "assistant", "content": thought + number}]}
 
 
+def gap(rng):
+    return "\n" * rng.randint(1, 10)
+
+
 def text_line(rng, sums, cfg):
     """One piece of the pretraining text: a column alone, a sum, or one that is worked."""
     if rng.random() < 0.1:
@@ -181,11 +185,10 @@ def text_line(rng, sums, cfg):
         return f"{x}+{y}+{carry}={x + y + carry}"
     a, op, b = next(sums)
     if rng.random() < cfg.worked_text:
-        # without the tags of a chat: those are left to the conversations. Blank lines, now more, now fewer, so that the
-        # digits are found wherever the question stands: in a chat other tokens lie between it and the thought
-        gap = "\n" * rng.randint(1, 10)
+        # without the tags of a chat: those are left to the conversations. Blank lines instead, now more, now fewer, so
+        # that digits are found wherever they stand: in a chat other tokens lie around a thought
         thought = "\n".join(columns(a, op, b))
-        return f"{a}{op}{b}=?{gap}{thought}\n{result(a, op, b)}"
+        return f"{a}{op}{b}=?{gap(rng)}{thought}{gap(rng)}{result(a, op, b)}"
     return f"{a}{op}{b}={result(a, op, b)}"
 
 
