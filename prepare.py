@@ -34,9 +34,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.documents import CONTROLS, SPLITS, Documents, clean, cut_in_two, divide, write_documents
-from common.rows import id_type, tokenize_all
+from common.rows import tokenize_all
 from configurator import Count, Share, Whole, changed, check, run
-from tokenizer import load_tokenizer, train_tokenizer
+from readers.report import reasons, report, show, write_meta
+from tokenizer import train_tokenizer
 
 
 @dataclasses.dataclass
@@ -84,7 +85,6 @@ PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, 
 # What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
 ODD = re.compile(CONTROLS.pattern + "|<|\\[[/gsA-Z]|{{|^\\s*[\\[{]|^version https|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
-COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 
 
 # ---------------------------------------------------------------------------- first pass: files to documents
@@ -221,11 +221,6 @@ def read_all(files, cfg, counts, folder):
     return numbers
 
 
-def reasons(counts, what):
-    """{reason: how often} of "dropped", "skipped", "cut" or "noticed"."""
-    return {key[1]: n for key, n in counts.most_common() if key[0] == what and n}
-
-
 # ---------------------------------------------------------------------------- second pass: documents to tokens
 
 
@@ -309,33 +304,10 @@ def build(cfg, folder):
           f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
 
     # what there is to know about it
-    from readers.report import fields_of, peak_memory
-    tok = load_tokenizer(folder)
-    meta = {
-        "name": cfg.name,
-        "kind": cfg.kind,
-        "dtype": np.dtype(id_type(tok)).name,
-        "vocab_size": tok.vocab_size,
-        "fingerprint": tok.fingerprint,
-        "tokenizer": "tokenizer.model",
-    }
-    for split in totals:
-        meta[split] = {name: totals[split][name] for name in COUNTS}
-    meta["read"] = counts["read"]
-    meta["kept"] = counts["kept"]
-    for what in ("dropped", "skipped", "cut", "noticed"):
-        meta[what] = reasons(counts, what)
-    meta["sources"] = [path for path, _, _ in files]
-    meta["fields"] = fields_of(meta["sources"], counts)
-    meta["config"] = dataclasses.asdict(cfg)
-    meta["seconds"] = round(time.time() - began, 1)
-    meta["memory"] = peak_memory()
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as f:
-        json.dump(meta, f, ensure_ascii=False, indent=1)
+    write_meta(folder, cfg, [path for path, _, _ in files], totals, counts, time.time() - began)
 
 
 def main(cfg):
-    from readers.report import report, show
     check(cfg.name, "which data set? python prepare.py NAME --input=FILE_OR_FOLDER, or a recipe's name (--help)")
     folder = os.path.join(DATA, cfg.name)
     if cfg.show and not cfg.input and os.path.exists(os.path.join(folder, "meta.json")):

@@ -1,15 +1,19 @@
 """
-What prepare.py prints of a finished folder: the account of all records, and the first documents with what is learned.
+The account of a finished folder: meta.json, what prepare.py prints of it, and its first documents with what is learned.
 """
 import collections
+import dataclasses
 import json
 import os
 import sys
 
 import numpy as np
 
+from common.rows import id_type
 from readers.markers import MARKERS
 from tokenizer import load_tokenizer
+
+COUNTS = ("documents", "tokens", "learned", "bytes", "characters", "groups")  # of a split, in meta.json
 
 
 def listed(counts):
@@ -22,6 +26,37 @@ def fields_of(paths, counts):
     for what, path, *name in sorted(key for key in counts if key[0] in ("used", "ignored")):
         fields[path][what][name[0]] = counts[what, path, name[0]]
     return fields
+
+
+def reasons(counts, what):
+    """{reason: how often} of "dropped", "skipped", "cut" or "noticed"."""
+    return {key[1]: n for key, n in counts.most_common() if key[0] == what and n}
+
+
+def write_meta(folder, cfg, sources, totals, counts, seconds):
+    """Write meta.json, which says what there is to know about a data set. totals: {split: counts}."""
+    tok = load_tokenizer(folder)
+    meta = {
+        "name": cfg.name,
+        "kind": cfg.kind,
+        "dtype": np.dtype(id_type(tok)).name,
+        "vocab_size": tok.vocab_size,
+        "fingerprint": tok.fingerprint,
+        "tokenizer": "tokenizer.model",
+    }
+    for split in totals:
+        meta[split] = {name: totals[split][name] for name in COUNTS}
+    meta["read"] = counts["read"]
+    meta["kept"] = counts["kept"]
+    for what in ("dropped", "skipped", "cut", "noticed"):
+        meta[what] = reasons(counts, what)
+    meta["sources"] = sources
+    meta["fields"] = fields_of(sources, counts)
+    meta["config"] = dataclasses.asdict(cfg)
+    meta["seconds"] = round(seconds, 1)
+    meta["memory"] = peak_memory()
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as f:
+        json.dump(meta, f, ensure_ascii=False, indent=1)
 
 
 def report(folder):

@@ -35,7 +35,7 @@ class Config:
     digits: Count = 4              # of the longest numbers
     # pretraining text
     documents: Count = 20_000      # of ten sums each
-    worked_text: Share = 0.25      # of the sums are worked line by line; the others just say the result
+    worked_text: Share = 0.6       # of the sums are worked line by line; the others just say the result
     # instruction data
     worked: Whole = 400            # conversations that think first
     plain: Whole = 600             # conversations that say the result at once
