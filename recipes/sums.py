@@ -140,18 +140,22 @@ def calculator(text):
 
 
 def draw(rng, digits, exact=False):
-    """Draw (a, op, b), numbers of up to `digits` digits (exact: both of so many); in a-b the larger one comes first."""
-    numbers = []
-    for _ in range(2):
-        length = digits
-        if not exact:
-            length = rng.randint(1, digits)
-        low = 10 ** (length - 1) if length > 1 else 0
-        numbers.append(rng.randrange(low, 10 ** length))
-    op = rng.choice("+-")
-    if op == "-":
-        numbers.sort(reverse=True)
-    return numbers[0], op, numbers[1]
+    """Draw (a, op, b), numbers of up to `digits` digits; in a-b the larger one comes first. exact: both of so many, and
+    a difference, too. To drop the zeros in front of a shorter one is a lesson of its own."""
+    while True:
+        numbers = []
+        for _ in range(2):
+            length = digits
+            if not exact:
+                length = rng.randint(1, digits)
+            low = 10 ** (length - 1) if length > 1 else 0
+            numbers.append(rng.randrange(low, 10 ** length))
+        op = rng.choice("+-")
+        if op == "-":
+            numbers.sort(reverse=True)
+        a, b = numbers
+        if not exact or len(str(result(a, op, b))) >= digits:
+            return a, op, b
 
 
 def pair(a, op, b):
