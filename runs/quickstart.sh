@@ -38,6 +38,8 @@ if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand betw
 fi
 prepare poems-pairs
 python reward.py config/poems_reward.py
+# what a reward model is worth without any training: of N answers keep the one it likes best
+python -m tools.evaluate best_of --n_titles=20 --batch_size=160
 
 say "5. PPO"
 python ppo.py config/poems_ppo.py
