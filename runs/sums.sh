@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # RL that one can see: a model of 0.9 M parameters reads sums, is shown a few that are worked line by line, and finds out
 # by GRPO that thinking pays. Run again after an interruption, and it goes on.
-#   bash runs/sums.sh                 not timed to its end yet;  bash runs/sums.sh 2: another seed, out/sums-*-2
+#   bash runs/sums.sh                 6 minutes on 2 cores;  bash runs/sums.sh 2: another seed, out/sums-*-2
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 trap 'exit 130' INT
@@ -31,5 +31,5 @@ python grpo.py config/sums_grpo.py --seed="$seed" --init_from="out/sums-sft$tail
 
 say "5. before and after, on sums that no stage has seen and no setting was chosen on"
 python -m tools.evaluate sums --input=$raw/test.jsonl --runs="out/sums-sft$tail,out/sums-grpo$tail" --batch_size=1280
-python -m tools.plot "out/sums-grpo$tail" --y=score,watched,length,entropy
+python -m tools.plot "out/sums-grpo$tail" --y=score,watched,length
 say "done. Ask it: echo '4713+2586=?' | .venv/bin/python sample.py --chat --temperature=0 --out_dir=out/sums-grpo$tail"
