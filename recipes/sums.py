@@ -104,8 +104,8 @@ def calls(prompt, answer):
 
 
 def priced(prompt, answer):
-    """right(), less 0.3 for each call."""
-    return right(prompt, answer) - 0.3 * calls(prompt, answer)
+    """right(), less 0.5 for each call."""
+    return right(prompt, answer) - 0.5 * calls(prompt, answer)
 
 
 def call(expression):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An agent as small as it can be: the base model of runs/sums.sh may ask a calculator, and each call costs 0.3 of the
+# An agent as small as it can be: the base model of runs/sums.sh may ask a calculator, and each call costs 0.5 of the
 # reward. Numbers have one to four digits: it can add the short ones by itself.
 #   bash runs/calculator.sh           after runs/sums.sh;  bash runs/calculator.sh 2: after runs/sums.sh 2
 set -euo pipefail
@@ -21,7 +21,7 @@ say "1. instruction tuning: 300 of 1,000 conversations ask the calculator, whate
 python sft.py config/sums_sft.py --data_dir=data/sums-tools-sft --epochs=16 --seed="$seed" --init_from="$base" \
     --out_dir="out/sums-tools-sft$tail"
 
-say "2. GRPO: 1 for the right number, less 0.3 a call; the calculator answers while the model writes"
+say "2. GRPO: 1 for the right number, less 0.5 a call; the calculator answers while the model writes"
 python grpo.py config/sums_grpo.py --data_dir=data/sums-tools-prompts --seed="$seed" \
     --init_from="out/sums-tools-sft$tail" --out_dir="out/sums-tools-grpo$tail" \
     --max_steps=50 --environment=recipes/sums.py:calculator --turns=2 --reward=recipes/sums.py:priced --watch=recipes/sums.py:calls

@@ -44,7 +44,7 @@ def test_the_calculator_answers_calls_and_each_costs():
     assert sums.calculator(call.replace("4713+", "4713*")) == "error"
     assert sums.calculator("<tool_call>\n{\n</tool_call>") == "error"
     whole = f"{call}<|im_end|>\n<|im_start|>tool\n7299<|im_end|>\n<|im_start|>assistant\n7299"
-    assert sums.priced("4713+2586=?", whole) == pytest.approx(0.7)
+    assert sums.priced("4713+2586=?", whole) == pytest.approx(0.5)
 
 
 def test_no_question_of_the_tests_is_in_a_training_file(tmp_path):
