@@ -174,6 +174,13 @@ def test_means():
     assert 100 <= len(means([(s, 0.0) for s in range(1550)], 0)) <= 110
 
 
+def test_a_run_may_have_a_chinese_name(runs, recwarn, capsys):
+    os.rename("out/poems", "out/古诗")
+    plot.main(plot.Config(runs="out/古诗"))
+    boxes = [warning for warning in recwarn if "missing from" in str(warning.message)]
+    assert not boxes or "no font for them is installed" in capsys.readouterr().out
+
+
 def test_panels_follow_the_log(runs):
     """A panel for what the log holds, in one order for all stages; a field asked for by name has its own."""
     figure = Figure()
