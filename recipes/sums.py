@@ -6,7 +6,7 @@ Sums, a task in which thinking pays, or a tool: data for every stage, the reward
     python grpo.py config/sums_grpo.py --reward=recipes/sums.py:priced --environment=recipes/sums.py:calculator --turns=2
 
 out: <out_dir>/tokenizer.model, text.jsonl (pretraining); sft.jsonl, prompts.jsonl, dev.jsonl, test.jsonl (thinking);
-     tools-sft.jsonl, tools-prompts.jsonl, tools-test.jsonl (the calculator; numbers of one digit and more)
+     tools-sft.jsonl, tools-prompts/, tools-test.jsonl (the calculator; numbers of one digit and more)
 
 A thought goes through the columns from the right, as on squared paper, and so needs no number it cannot look up:
 
@@ -165,21 +165,25 @@ def pair(a, op, b):
 
 def chat(a, op, b, how):
     """A conversation: the answer is said at once ("plain"), or after a thought ("think"), or after a call ("call")."""
-    question = {"role": "user", "content": f"{a}{op}{b}=?"}
+    asked = {"role": "user", "content": f"{a}{op}{b}=?"}
     number = str(result(a, op, b))
     if how == "call":
         asks = {"role": "assistant", "content": call(f"{a}{op}{b}")}
-        return {"messages": [question, asks, {"role": "tool", "content": number},
+        return {"messages": [asked, asks, {"role": "tool", "content": number},
                              {"role": "assistant", "content": number}]}
     thought = ""
     if how == "think":
         lines = "\n".join(columns(a, op, b))
         thought = f"<think>\n{lines}\n</think>\n"
-    return {"messages": [question, {"role": "assistant", "content": thought + number}]}
+    return {"messages": [asked, {"role": "assistant", "content": thought + number}]}
 
 
 def gap(rng):
     return "\n" * rng.randint(1, 10)
+
+
+def question(a, op, b):
+    return {"prompt": f"{a}{op}{b}=?"}
 
 
 def text_line(rng, sums, cfg):
@@ -229,7 +233,7 @@ def main(cfg):
                 a, op, b = next(sums)
                 if digits > 1:  # of one digit there are too few to leave any out
                     held_out.add(pair(a, op, b))
-                records.append({"digits": digits, "prompt": f"{a}{op}{b}=?", "answer": str(result(a, op, b))})
+                records.append({"digits": digits, **question(a, op, b), "answer": str(result(a, op, b))})
         write(cfg, f"{name}.jsonl", records)
 
     rng = random.Random(f"sums {cfg.seed}")
@@ -250,7 +254,13 @@ def main(cfg):
         conversations = [chat(*next(sums), how) for how in answers]
         rng.shuffle(conversations)
         write(cfg, f"{name}sft.jsonl", conversations)
-        write(cfg, f"{name}prompts.jsonl", ({"prompt": "{}{}{}=?".format(*next(sums))} for _ in range(cfg.prompts)))
+    write(cfg, "prompts.jsonl", (question(*next(longest)) for _ in range(cfg.prompts)))
+    # all questions of one digit in a file of their own, so that prepare.py --repeat can ask them as often as others
+    short = [(a, op, b) for a in range(10) for b in range(10) for op in "+-" if op == "+" or a >= b]
+    longer = [it for it in (next(any_length) for _ in range(cfg.prompts)) if max(it[0], it[2]) > 9]
+    os.makedirs(os.path.join(cfg.out_dir, "tools-prompts"), exist_ok=True)
+    write(cfg, "tools-prompts/short.jsonl", (question(*it) for it in short))
+    write(cfg, "tools-prompts/longer.jsonl", (question(*it) for it in longer))
     print(f"{cfg.out_dir}: {cfg.documents:,} documents of ten sums, {cfg.worked} + {cfg.plain} conversations, "
           f"{cfg.prompts:,} prompts, {len(held_out):,} pairs held out")
 

@@ -15,7 +15,8 @@ raw=data/raw/sums
 base=out/sums$tail
 [ -f "$base/ckpt.pt" ] || { echo "there is no $base: run bash runs/sums.sh $seed first" >&2; exit 1; }
 prepare sums-tools-sft --input=$raw/tools-sft.jsonl --kind=sft --tokenizer=data/sums --val_fraction=0.05
-prepare sums-tools-prompts --input=$raw/tools-prompts.jsonl --kind=prompts --tokenizer=data/sums --val_fraction=0.02
+# 155 questions of one digit and 7,500 longer ones, each kind half of the time
+prepare sums-tools-prompts --input=$raw/tools-prompts --repeat=short:48 --kind=prompts --tokenizer=data/sums --val_fraction=0.02
 
 say "1. instruction tuning: 300 of 1,000 conversations ask the calculator, whatever the numbers"
 python sft.py config/sums_sft.py --data_dir=data/sums-tools-sft --epochs=16 --seed="$seed" --init_from="$base" \

@@ -49,7 +49,7 @@ def test_the_calculator_answers_calls_and_each_costs():
 
 def test_no_question_of_the_tests_is_in_a_training_file(tmp_path):
     sums.main(sums.Config(out_dir=str(tmp_path), digits=2, documents=300, worked=20, plain=20, prompts=300, tests=50))
-    files = {path.name: path.read_text().splitlines() for path in tmp_path.glob("*.jsonl")}
+    files = {path.name: path.read_text().splitlines() for path in tmp_path.rglob("*.jsonl")}
     tests = [json.loads(line) for name in ("dev", "test", "tools-test") for line in files.pop(f"{name}.jsonl")]
     held_out = set()
     for record in tests:
