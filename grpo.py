@@ -59,7 +59,7 @@ class Config:
     reward_from: str = ""                   # or a run of reward.py
     teacher: str = ""                       # or a run that judges each token (on-policy distillation)
     watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
-    no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut at max_new_tokens
+    no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut; a teacher gives no score
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
     # adapters (common/lora.py)
     lora_rank: Whole = 0                    # 0: train all weights
@@ -104,9 +104,7 @@ class Config:
 
 # settings that change nothing unless this holds: ratios differ from 1 from the second update on
 NEEDS = {
-    "no_eos_penalty": "not teacher",
     "turns": "environment",
-    "skip_flat_groups": "not teacher",
     "clip": "ppo_epochs * minibatches > 1",
     "clip_high": "ppo_epochs * minibatches > 1",
     "ratio": "ppo_epochs * minibatches > 1",

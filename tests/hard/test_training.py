@@ -193,7 +193,6 @@ def test_defaults_are_the_papers(place, tmp_path):  # noqa: F811
     (prepare, "--vocab_size=400 --tokenizer=data/a", "not tokenizer"),
     (prepare, "--talk=a --input=b", "name == 'poems-sft'"),
     (evaluate, "--what=pairs --shots=5", "what in ('ceval', 'cmmlu')"),
-    (grpo, "--teacher=a --no_eos_penalty=2", "not teacher"),
     (sample, "--top_p=0.5 --temperature=0", "temperature > 0"), (sample, "--system=a", "chat")])
 def test_a_setting_that_changes_nothing_is_refused(stage, words, condition, tmp_path):
     """NEEDS: on the command line and in a file; a file's setting may lose its sense by a word."""
