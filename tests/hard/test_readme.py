@@ -16,7 +16,7 @@ import sys
 
 ROOT = os.path.abspath(f"{__file__}/../../..")
 READMES = ("README.md", "README_zh.md")
-PAGES = ("gpu", "results", "elsewhere", "faults")  # in both languages
+PAGES = ("gpu", "results", "results_rl", "elsewhere", "faults")  # in both languages
 MIRRORS = [READMES, *((f"docs/{name}.md", f"docs/{name}_zh.md") for name in PAGES)]
 
 ROW = re.compile(r"\[`(?P<file>[\w/.]+)`\]\((?P=file)\) \| (?P<lines>\d+) \|")             # of a table of files
