@@ -225,7 +225,7 @@ def main(cfg):
             ("dev", (cfg.digits, cfg.digits + 1)),
             ("test", (cfg.digits, cfg.digits + 1)),
             ("tools-test", lengths)):
-        rng = random.Random(name)
+        rng = random.Random(f"held out: {name}")
         records = []
         for digits in of_digits:
             sums = unseen(rng, held_out, digits, exact=True)
