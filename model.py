@@ -437,13 +437,13 @@ class MoE(nn.Module):
         order = expert.argsort(stable=True)
         experts = torch.arange(len(self.bias), device=x.device)
         is_sent = expert[:, None] == experts                                       # (N*k, E)
+        block_ends = is_sent.sum(0).cumsum(0).to(torch.int32)                      # (E), padding counts as well
         if torch.is_grad_enabled():
             # the load to keep even is that of real tokens; padding, all alike, would fill an expert of its own
             if real is not None:
                 is_sent = is_sent & real.reshape(-1, 1).repeat_interleave(self.k, dim=0)
             self.load += is_sent.sum(0)
         # one grouped matmul for all experts: block i of the rows times matrix i
-        block_ends = is_sent.sum(0).cumsum(0).to(torch.int32)                      # (E)
         dtype = matmul_dtype(x)
         rows = x[order // self.k].to(dtype)                                        # (N*k, C)
         both = grouped_matmul(rows, self.gate_up.to(dtype), block_ends)           # (N*k, 2W)
