@@ -3,7 +3,7 @@
 #   bash runs/small.sh FOLDER     FOLDER holds the files that MiniMind publishes (any that fit these names and fields):
 #       pretrain*.jsonl {"text"}   sft*.jsonl {"conversations"}   dpo*.jsonl {"chosen", "rejected"}   rl*.jsonl {"conversations"}
 #   DRY=1 bash runs/small.sh      a tiny shape on small files of those formats, made of learn/poems.txt: does every
-#                                 stage run here? It says nothing of quality. Minutes on two cores
+#                                 stage run here? It says nothing of quality. 75 seconds on two cores
 # Run again after an interruption: finished stages are skipped, unfinished ones go on. GPUS=4 for four GPUs.
 set -euo pipefail
 [ "${1:-}${DRY:-}" ] || { sed -n '2,7s/^# //p' "$0"; exit 1; }
