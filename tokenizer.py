@@ -236,8 +236,8 @@ def _load_sentencepiece(data, settings, path):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as e:
-        raise ValueError(f"{path} is neither a sentencepiece model nor a vocabulary that prepare.py has saved. It takes "
-                         f"others by --tokenizer={path}") from e
+        raise ValueError(f"{path} is neither a sentencepiece model nor a vocabulary that prepare.py has saved. "
+                         f"It takes others by --tokenizer={path}") from e
     pieces = {}
     specials = {}
     for i in range(sp.vocab_size()):
@@ -269,7 +269,7 @@ def _load_sentencepiece(data, settings, path):
 
 
 def _load_ranks(data, settings, path):
-    """A rank file of tiktoken: each line a token in base64 and its id. A pair whose union has a lower id merges first."""
+    """A rank file of tiktoken: each line a token in base64 and its id. Of all pairs that of the lowest id merges first."""
     ranks = {}
     words = data.split()
     for token, rank in zip(words[::2], words[1::2]):

@@ -179,6 +179,7 @@ def chat(a, op, b, how):
 
 
 def gap(rng):
+    """Some line breaks: where a thought stands is not to be learned by heart."""
     return "\n" * rng.randint(1, 10)
 
 
@@ -203,9 +204,9 @@ def text_line(rng, sums, cfg):
 def unseen(rng, held_out, digits, exact):
     """Endless sums, none of them held out."""
     while True:
-        question = draw(rng, digits, exact)
-        if pair(*question) not in held_out:
-            yield question
+        a, op, b = draw(rng, digits, exact)
+        if pair(a, op, b) not in held_out:
+            yield a, op, b
 
 
 def write(cfg, name, records):
