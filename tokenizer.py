@@ -269,7 +269,7 @@ def _load_sentencepiece(data, settings, path):
 
 
 def _load_ranks(data, settings, path):
-    """A rank file of tiktoken: each line a token in base64 and its id. Of all pairs that of the lowest id merges first."""
+    """A rank file of tiktoken: a line a token, in base64, and its id. The pair of the lowest id merges first."""
     ranks = {}
     words = data.split()
     for token, rank in zip(words[::2], words[1::2]):

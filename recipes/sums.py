@@ -3,7 +3,7 @@ Sums, a task in which thinking pays, or a tool: data for every stage, the reward
 
     python -m recipes.sums                                  # data/raw/sums: text, conversations, prompts, tests
     python grpo.py config/sums_grpo.py --reward=recipes/sums.py:right --watch=recipes/sums.py:thinks
-    python grpo.py config/sums_grpo.py --reward=recipes/sums.py:priced --environment=recipes/sums.py:calculator --turns=2
+    bash runs/calculator.sh                                 # --environment=recipes/sums.py:calculator
 
 out: <out_dir>/tokenizer.model, text.jsonl (pretraining); sft.jsonl, prompts.jsonl, dev.jsonl, test.jsonl (thinking);
      tools-sft.jsonl, tools-prompts/, tools-test.jsonl (the calculator; numbers of one digit and more)
@@ -15,8 +15,8 @@ A thought goes through the columns from the right, as on squared paper, and so n
                   7+5=12           with a carry from the column before: 7+5+1=13
                   1299             said after </think>
 
-No training file holds a pair of numbers that stands in a test, in either order (but of one digit, of which there are too
-few), nor any number of more than `digits` digits. Settings were chosen on dev.jsonl alone.
+No training file holds a pair of numbers that stands in a test, in either order (but of one digit: there are too few),
+nor any number of more than `digits` digits. The tests were drawn after the last setting.
 """
 import json
 import os
@@ -85,7 +85,7 @@ def said(answer):
 
 
 def right(prompt, answer):
-    """1 for the right number, 0.1 for another number, else 0. The prompt may hold the chat's roles: search, no match."""
+    """1 for the right number, 0.1 for another number, else 0. The prompt may hold the chat's roles: search it."""
     number = said(answer)
     if number is None:
         return 0.0
@@ -114,7 +114,7 @@ def call(expression):
 
 
 def called(text):
-    """The expression that a turn asks the calculator for; "" where the call is none it understands, None without one."""
+    """The expression that a turn asks the calculator for; "" where it is none it understands, None without a call."""
     if "<tool_call>" not in text:
         return None
     found = re.search(r"<tool_call>\n(.*)\n</tool_call>", text)
