@@ -96,7 +96,7 @@ def read_plain(path):
         if path.endswith(".jsonl"):
             for line in f:
                 if line.strip():
-                    yield json.loads(line)
+                    yield json.loads(line, object_pairs_hook=plain_object)
             return
         head = f.read(LONG)
         if "\n\n" not in head or "<|endoftext|>" in head:
@@ -111,6 +111,13 @@ def read_plain(path):
                     raise ValueError("a text this long is cut in parts")
             if not is_blank:
                 yield {"text": text.strip()}
+
+
+def plain_object(pairs):
+    """A JSON object's dict. ValueError where a key stands twice, of which a dict would keep the last, unsaid."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def plain_text(text):

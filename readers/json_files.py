@@ -8,7 +8,18 @@ from readers.account import Skip
 from readers.encodings import has_surrogates, open_text, repair
 
 
-DECODER = json.JSONDecoder(strict=False)  # a line break inside a string is no reason to lose it
+def make_object(pairs):
+    """Return the dict of a JSON object. Python keeps the last of two equal keys: here they must not differ."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if record[key] != value:
+                raise ValueError(f"the key {key!r} stands twice, with different values")
+    return record
+
+
+# a line break inside a string is no reason to lose it
+DECODER = json.JSONDecoder(strict=False, object_pairs_hook=make_object)
 BROKEN = (ValueError, RecursionError)  # what it raises: a number of 5,000 digits and 2,000 nested lists are broken too
 
 

@@ -175,6 +175,20 @@ def test_json_that_python_cannot_parse_costs_no_other_record(tok_file):
     assert set(folder.meta["skipped"]) == {"broken JSON"}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_twice_is_no_record(tok_file, capsys, name):
+    """Python keeps the last of two equal keys: the other answer would be lost unsaid. Equal values lose nothing."""
+    twice = ['{"prompt": "问", "answer": "甲", "answer": "乙"}', '{"prompt": "又问", "prompt": "又问", "answer": "丙"}']
+    good = [json.dumps({"prompt": text, "answer": text}) for text in POEMS]
+    os.mkdir("in")
+    with open(f"in/{name}", "w") as f:
+        f.write("\n".join([*good, *twice]))
+    folder = run(tok_file, kind="sft", max_skipped=1.0)
+    assert folder.meta["skipped"] == {"broken JSON": 1}
+    assert folder.meta["read"] == len(POEMS) + 2 and folder.meta["kept"] == len(POEMS) + 1
+    assert "the key 'answer' stands twice" in capsys.readouterr().err
+
+
 def test_broken_json_between_many_blank_lines_is_fast(tok_file):
     os.mkdir("in")
     with open("in/a.json", "w") as f:
