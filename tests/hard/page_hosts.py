@@ -2,7 +2,7 @@
 Where the tests of tools/page.py run a page: plain node, and Chromium. Not a test file.
 
 Both hosts answer ask([request, …]) in the same way: {"encode": [texts]} gives ids, {"chat": [messages, opens]} the chat
-template, {"filter": [logits, settings]} probabilities, and any other request is a job of the page's worker, whose parts
+template, {"filter": [logits, settings]} probabilities, in node {"matmul": [rows, columns, W, x]} W x in two ways, and any other request is a job of the page's worker, whose parts
 come back in a list.
 """
 import base64
@@ -25,6 +25,7 @@ ASK = """async requests => {
     else if (job.decode) answers.push(job.decode.map(ids => T.decode(ids)));
     else if (job.chat) answers.push(T.chat(...job.chat));
     else if (job.filter) answers.push(filter(...job.filter));
+    else if (job.matmul) answers.push(bothMatmuls(...job.matmul));
     else {
       const parts = [];
       await call(kind, job, part => parts.push(part));
@@ -35,6 +36,17 @@ ASK = """async requests => {
 }"""
 
 NODE = """
+// W x in JavaScript, in WebAssembly, or null where the shape is none for it
+const bothMatmuls = (rows, columns, W, x) => {
+  const plain = matmul(Array(rows), W, x, rows, columns);
+  const tensors = [["before", 3, 4], ["W", rows, columns], ["bias", rows]];
+  const fast = FastMatmul.orNull(tensors);
+  if (!fast) return [plain, null];
+  fast.room(12);
+  const inside = fast.room(W.length);
+  inside.set(W);
+  return [plain, fast.matmul(new Float32Array(rows), inside, Float32Array.from([...x, 9, 9, 9, 9]), rows, columns)];
+};
 const fs = require("fs"), vm = require("vm");
 const [htmlPath, requests, out] = process.argv.slice(2);
 const html = fs.readFileSync(htmlPath, "utf8");

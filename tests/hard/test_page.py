@@ -139,6 +139,18 @@ def test_the_file_holds_the_weights(make, kind):
                 assert (error <= 0.51 * step).all(), name
 
 
+def test_matmul_in_webassembly_equals_the_plain_one(made, tmp_path):
+    """Any number of rows, and columns in fours; other shapes stay with JavaScript."""
+    shapes = [(rows, columns) for rows in (1, 2, 3, 4, 5, 7, 8, 130) for columns in (4, 8, 12, 128)] + [(4, 6), (5, 1)]
+    asked = [(torch.randn(shape), torch.randn(shape[1])) for shape in shapes]
+    said = Node(str(tmp_path)).open(made.page).ask(
+        [{"matmul": [*shape, W.flatten().tolist(), x.tolist()]} for shape, (W, x) in zip(shapes, asked)])
+    for shape, (W, x), (plain, fast) in zip(shapes, asked, said):
+        assert plain == pytest.approx((W.double() @ x.double()).tolist(), abs=1e-9)
+        assert (fast is None) == (shape[1] % 4 > 0)
+        assert fast is None or fast == pytest.approx(plain, abs=1e-5)
+
+
 @torch.no_grad()
 def test_logits_attention_and_lens_equal_torchs(host):
     models, _ = quantised_models(host.made.page)
