@@ -187,7 +187,9 @@ def test_any_file_is_prepared_or_refused_in_one_line(tok_file, tmp_path, monkeyp
     if ending.startswith("txt"):
         is_line = document != "file" and kind in ("text", "prompts")
     is_whole = not cut and rot is None and not data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if is_line and is_whole and "binary file" not in folder.meta["skipped"]:
+    # a .txt that begins with lines of JSON is read as such, and other lines are broken ones
+    is_json = ending.startswith("txt") and "broken JSON" in folder.meta["skipped"]
+    if is_line and is_whole and not is_json and "binary file" not in folder.meta["skipped"]:
         for part in parts:
             if isinstance(part, dict):
                 assert next(iter(part.values())) in found
