@@ -1,8 +1,8 @@
 # GRPO with a rule as the reward: poems that rhyme (recipes/rewards.py), which no other stage teaches. No reward model
 # and no critic: eight answers to each title are compared with each other.
 #   python prepare.py poems-prompts
-#   python grpo.py config/poems_grpo.py          (2 cores, fp32: 7 minutes)
-# Rhymes 11 -> 48 % of the poems of the right form, and little else is lost (README.md).
+#   python grpo.py config/poems_grpo.py          (2 cores: 7 to 10 minutes)
+# Rhymes 6 -> 49 % of the poems of the right form, and little else is lost (docs/results.md).
 data_dir = "data/poems-prompts"
 init_from = "out/poems-sft"
 out_dir = "out/poems-grpo"
