@@ -194,7 +194,7 @@ def main(cfg):
     # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
     net = model
     if env.world > 1:
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "prompts", tokenizer.fingerprint)

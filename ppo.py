@@ -191,7 +191,7 @@ def main(cfg):
     # the nets are the models, plus the exchange of gradients: with several processes, each gets the mean of all
     nets = [actor, critic]
     if env.world > 1:
-        nets = [DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True) for m in nets]
+        nets = [DistributedDataParallel(m, gradient_as_bucket_view=True) for m in nets]
     actor_net, critic_net = nets
 
     # ------------------------------------------------------------------------ data

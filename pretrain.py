@@ -220,7 +220,7 @@ def main(cfg):
     else:
         net = model.to(env.device)
         if env.world > 1:
-            net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ optimizer
     optimizers = make_optimizers(model, cfg, env)

@@ -216,7 +216,7 @@ def main(cfg):
     else:
         net = model.to(env.device)
         if env.world > 1:
-            net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------ data
     train, val, _ = open_data(cfg.data_dir, "sft", tokenizer.fingerprint)

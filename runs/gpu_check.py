@@ -83,7 +83,7 @@ def step(env):
         for block in model.blocks if compiled else ():
             block.compile()
         if wrap == "ddp":
-            net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(model, gradient_as_bucket_view=True)
             net.head_weight = model.head_weight
         if wrap == "shards":
             net = shard_model(model, env)

@@ -417,7 +417,7 @@ def test_gradients_travel_while_the_backward_pass_still_runs(tmp_path):
     """The last layers' gradients travel before the first layers' are made; and only in the last micro-step."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     model = Transformer(config_of("llama", dim=128, n_layers=6, hidden_dim=512, tie_embeddings=False))
-    net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     events = []
 
     def reduce(state, bucket):
