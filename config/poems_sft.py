@@ -2,7 +2,7 @@
 # quatrains are repeated (recipes/poems.py).
 #   python prepare.py poems-sft
 #   python sft.py config/poems_sft.py            (2 cores with fast bf16: 2½ minutes)
-# With adapters: --lora_rank=8 --optimizer=adamw --lr=1e-3 --out_dir=out/poems-lora
+# With adapters: --lora_rank=32 --lora_alpha=32 --optimizer=adamw --lr=3e-3 --out_dir=out/poems-lora
 data_dir = "data/poems-sft"
 init_from = "out/poems"
 out_dir = "out/poems-sft"
