@@ -118,14 +118,14 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
 
     chosen, rejected: log-probs of the answers, summed over tokens; ref_…: the reference's; len_…: tokens. All (P).
     """
-    # how much likelier than under the reference; times beta, the reward that the policy itself implies (eq. 5)
+    # log(policy / reference) of each answer; times beta it is the implicit reward (eq. 5)
     chosen_gain = chosen - ref_chosen
     rejected_gain = rejected - ref_rejected
     if cfg.loss not in ("dpo", "cdpo"):
-        # the others compare log-probs a token; the reference of simpo and orpo is 0
+        # the other losses compare log-probs per token; for simpo and orpo, ref_… are zeros: they use no reference
         chosen_gain = chosen_gain / len_chosen
         rejected_gain = rejected_gain / len_rejected
-    # every loss wants a lead of the better answer; they differ in how large a lead is enough
+    # every loss wants chosen_gain above rejected_gain; they differ in how far above
     lead = chosen_gain - rejected_gain
     if cfg.loss == "dpo":            # arXiv 2305.18290, eq. 7
         losses = -F.logsigmoid(cfg.beta * lead)
@@ -140,7 +140,7 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
     elif cfg.loss == "orpo":         # arXiv 2403.07691, eq. 6 and 7: odds = p / (1 - p)
         log_odds = lead - log1mexp(chosen_gain) + log1mexp(rejected_gain)
         losses = -chosen_gain - cfg.beta * F.logsigmoid(log_odds)
-    # a lead grows as well when both answers become unlikely, the worse one faster: this holds the better one up
+    # the lead also grows when both answers become less likely, the worse one faster: this term prevents it
     losses = losses - cfg.nll_weight * chosen / len_chosen
     return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 
@@ -151,7 +151,7 @@ def batch_loss(net, model, reference, batch, sizes, cfg, env):
     net: the policy as DistributedDataParallel, or the policy itself; reference: None for losses that need none.
     """
     ids, mask = batch
-    # one forward pass scores every answer once, also the best one, which is in several pairs
+    # log-probs of every answer, once, though the best one is in several pairs
     logps, lengths = answer_logps(net, model.head_weight, ids, mask, env)          # (R), (R)
     ref_logps = torch.zeros_like(logps)
     if reference is not None:
@@ -194,7 +194,7 @@ def evaluate(model, reference, split, cfg, pad_id, env):
         prompts = range(min(first, n_prompts - 1), min(first + cfg.batch_size, n_prompts))
         batch, sizes = get_prompts(split, prompts, pad_id, env.device)
         _, stats = batch_loss(model, model, reference, batch, sizes, cfg, env)
-        # a rank behind the end measures the last prompt again, and counts it as nothing
+        # a process that has no prompts left computes the last one again, with weight 0
         add_stats(sums, stats, max(0, min(cfg.batch_size, n_prompts - first)))
     totals = all_sum(list(sums.values()), env)
     return {f"val_{name}": total / n_prompts for name, total in zip(sums, totals)}
@@ -202,7 +202,7 @@ def evaluate(model, reference, split, cfg, pad_id, env):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # one process per GPU, each with its share of a step's micro-steps
+    # torchrun starts one process per GPU; each computes its share of a step's micro-steps
     env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
     cfg.beta = cfg.beta or (2.5 if cfg.loss == "simpo" else 0.1)
@@ -210,15 +210,15 @@ def main(cfg):
     # ------------------------------------------------------------------------ models
     model, tokenizer, base = load_model(cfg.init_from, env.device)
     pad_id = tokenizer.pad_id
-    # the reference is the model as it was: how far we have moved is measured from there. It never learns
+    # the reference is a second copy of the same model that never learns: the policy is compared with it
     reference = None
     if cfg.loss not in ("simpo", "orpo"):
         reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
-        # freeze it all, and learn a small change beside some of its matrices
+        # freeze all weights, and learn a small change of some of the matrices
         start_lora(model, cfg, base["model"], tokenizer)
     del base
-    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    # net is the model; with several processes its backward pass also averages their gradients
     net = model
     if env.world > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -245,12 +245,12 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up, then come down. Rates are small: a policy that moves far wins its pairs and loses its language
+        # the learning rate rises first, then falls. It is small: with large steps the policy forgets how to write
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr([optimizer], lr / cfg.lr)
 
-        # conversations mixed in come first: their gradients wait in the same place for those of the pairs
+        # conversations mixed in come first: their gradients stay in p.grad, and those of the pairs are added
         if cfg.ptx_coef:
             x, y, weights = mixed_rows(ptx, step, cfg.ptx_rows, cfg.seed, pad_id, env)
             net.require_backward_grad_sync = False
@@ -259,17 +259,17 @@ def main(cfg):
             ptx_loss = -(weights * ptx_logps).sum()
             env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
 
-        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each computes its share of them
         sums = {}
         for i in micro:
             first = (step * cfg.grad_accum + i) * cfg.batch_size
             # a prompt comes with all its answers
             prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
             batch, sizes = get_prompts(train, prompts, pad_id, env.device)
-            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             # forward: log-probs of all answers under policy and reference, then the loss of every pair
             loss, stats = batch_loss(net, model, reference, batch, sizes, cfg, env)
-            # backward: the mean over micro-steps; the scaler matters in fp16 alone
+            # backward: a mean over micro-steps; the scaler does something in fp16 only
             env.scaler.scale(loss / len(micro)).backward()
             add_stats(sums, stats, 1 / cfg.grad_accum)
 
@@ -290,8 +290,8 @@ def main(cfg):
         record["norm"] = norm
         record["seconds"] = time.perf_counter() - began
 
-        # measure on held-out prompts now and then, and at the end. Watch chosen_logp: where it falls with the loss, the
-        # better answers become unlikely as well
+        # measure on held-out prompts now and then, and at the end. Watch chosen_logp: if it falls together with the
+        # loss, the better answers become less likely, too
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and len(val):
             record.update(evaluate(model, reference, val, cfg, pad_id, env))

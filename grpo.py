@@ -1,6 +1,6 @@
 """
-GRPO and its family: reinforcement learning without a critic. Each prompt is answered several times, and an answer is
-as good as its lead over the other answers to the same prompt (DeepSeekMath, sec. 4.1; Ahmadian et al. 2024).
+GRPO and its family: reinforcement learning without a critic. Each prompt is answered several times, and each
+answer is compared with the other answers to its prompt (DeepSeekMath, sec. 4.1; Ahmadian et al. 2024).
 
     python grpo.py config/poems_grpo.py                                            # a rule as the reward
     python grpo.py --reward_from=out/poems-reward --advantage=rloo --group_size=4 --out_dir=out/poems-rloo
@@ -14,13 +14,13 @@ out: out/<run>/ckpt.pt, tokenizer.model, log.jsonl
                                      advantages       +.75 -.25 -.25 +.75 ...              no critic needed
 
 What differs from the papers:
- 1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
- 2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
+ 1. old log-probs are not taken from generation: the training code computes them again, so that the first ratio is 1;
+ 2. every log-prob is of the logits divided by the temperature, as in sampling, so it is that of the sampled policy;
  3. rloo shares the clipped loss; with one epoch and one minibatch it is plain REINFORCE;
  4. rloo puts the KL penalty into the reward (k1), grpo and dr_grpo put it into the loss (k3), where its gradient is
     that of KL(reference || policy): it pulls the policy back, but not to the optimum of reward minus KL;
- 5. losses are means over all answer tokens of a minibatch (as in DAPO), dr_grpo's over all places for tokens, those
-    with --ratio=sequence over answers (GSPO).
+ 5. losses are means over all answer tokens of a minibatch (as in DAPO); dr_grpo divides by answers * max_new_tokens,
+    --ratio=sequence by answers (GSPO).
 """
 import math
 import time
@@ -125,7 +125,7 @@ def group_advantages(totals, group_size, kind):
     grpo: minus the group's mean, over its deviation (DeepSeekMath, sec. 4.1.2).
     dr_grpo: minus the group's mean: a deviation would favour prompts that are nearly solved (arXiv 2503.20783).
     """
-    # no critic: what was to be expected of an answer, the other answers to its prompt say
+    # no critic is needed: the mean of the group is what one could expect of an answer to this prompt
     groups = totals.view(-1, group_size)                                           # (prompts, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if kind == "rloo":
@@ -155,7 +155,8 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
         # MiniMax-M1 (arXiv 2506.13585, eq. 4): the clipped ratio weighs REINFORCE, so no token's gradient is lost
         loss = -ratio.clamp(max=high).detach() * advantages * logps
     else:
-        # the worse of two losses: a ratio that has left the range the way its advantage wants gains nothing by going on
+        # the larger of two losses. Where a ratio has passed low or high in the direction that its advantage asks for,
+        # that is the constant one, without gradient; where it has passed them in the other direction, the plain one
         plain = -advantages * ratio
         clipped = -advantages * ratio.clamp(low, high)
         loss = torch.max(plain, clipped)
@@ -164,7 +165,7 @@ def policy_loss(logps, old_logps, advantages, mask, cfg):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # one process per GPU, each with its share of a step's micro-steps
+    # torchrun starts one process per GPU; each computes its share of a step's micro-steps
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     G = cfg.group_size
@@ -176,14 +177,14 @@ def main(cfg):
     cfg.clip = cfg.clip or {"token": 0.2, "sequence": 3e-4}[cfg.ratio]
 
     # ------------------------------------------------------------------------ models
-    # the policy answers and learns; the reference is the policy as it was, or a teacher. The experts' bias stays
+    # the policy answers and learns; the reference is a frozen copy of it, or the teacher
     model, tokenizer, base = load_model(cfg.init_from, env.device)
     reference, same_tokenizer, _ = load_model(cfg.teacher or cfg.init_from, env.device)
     reference.requires_grad_(False)
     check(same_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer than "
           f"{cfg.init_from}: their probabilities cannot be compared")
     if cfg.lora_rank:
-        # only the adapters change: what is frozen lies in memory once, for policy and reference
+        # only the adapters change, so policy and reference share one copy of the frozen weights
         if not cfg.teacher:
             share_weights(model, reference)
         start_lora(model, cfg, base["model"], tokenizer)
@@ -191,7 +192,7 @@ def main(cfg):
     scorer = make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
     environment = load_function(cfg.environment) if cfg.environment else None
-    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    # net is the model; with several processes its backward pass also averages their gradients
     net = model
     if env.world > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -217,12 +218,12 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up, then come down
+        # the learning rate of this step: it rises first (warmup), then falls
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr([optimizer], lr / cfg.lr)
 
-        # (1) answer every prompt G times: each process the prompts of its micro-steps
+        # (1) generate: each process answers the prompts of its micro-steps, each G times
         documents = []
         for prompts, seed in step_prompts(train, G, cfg, step, micro):
             documents += rollout(model, prompts, cfg, tokenizer, seed, env, environment)
@@ -237,44 +238,45 @@ def main(cfg):
         batch["ref_logps"] = all_logps(reference, batch, cfg, env)                 # (B, T)
         record = summary(batch, env)
 
-        # (3) advantages: an answer is as good as its lead over the other answers to its prompt
-        # an answer that was cut is worth less than its score, or the model would learn never to end
+        # (3) advantages: how much better an answer is than the others to its prompt
+        # an answer cut at max_new_tokens loses some of its score, or the model would learn never to end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])        # (B)
-        earned = scores.view(-1, G)                                                # (prompts, G)
+        grouped = scores.view(-1, G)                                               # (prompts, G)
         if cfg.advantage == "rloo":
             scores = scores - cfg.kl_coef * ((batch["logps"] - batch["ref_logps"]) * mask).sum(1)
         if cfg.teacher:
-            # a judge for every token: how much likelier the teacher finds it than the policy did. Its mean over the
-            # policy's own answers is -KL(policy || teacher), which is what distillation wants to be 0
+            # the teacher judges every token: how much likelier it is for the teacher than for the policy. The mean over
+            # the policy's own answers is -KL(policy || teacher), and to raise it is to come closer to the teacher
             batch["advantages"] = (batch["ref_logps"] - batch["logps"]) * mask              # (B, T)
         else:
             # every token of an answer gets the answer's advantage
             batch["advantages"] = group_advantages(scores, G, cfg.advantage)[:, None] * mask
         if cfg.skip_flat_groups and not cfg.teacher:
-            # nothing can be learned where all answers are worth the same: such tokens do not count in the means
-            flat = earned.std(dim=1) < 1e-6                                        # (prompts)
+            # where all answers to a prompt have the same score, advantages are 0: leave their tokens out of the mean
+            flat = grouped.std(dim=1) < 1e-6                                        # (prompts)
             batch["mask"] = mask * (~flat).float().repeat_interleave(G)[:, None]
 
-        # how much a token counts: all the same, with GSPO all answers the same
+        # the weight of a token in the loss: 1; with GSPO 1 / length of its answer, so that all answers count the same
         batch["weights"] = batch["mask"]
         if cfg.ratio == "sequence":
             batch["weights"] = batch["mask"] / mask.sum(1, keepdim=True).clamp(min=1)
 
-        # (4) update, once or a few times: the ratio corrects for the policy having moved since it answered, the clip
-        # limits how far
+        # (4) update, once or a few times. The ratio corrects for the policy having changed since it answered; the clip
+        # limits that change
         stats = dict.fromkeys(("policy_loss", "loss_kl", "clip_share", "ptx_loss", "norm"), 0.0)
         first_ratio_error = 0.0
         for update in range(cfg.ppo_epochs * cfg.minibatches):
             epoch, minibatch = divmod(update, cfg.minibatches)
             rows = minibatch_rows(cfg, cfg.batch_size * G, step, epoch, minibatch, micro).to(env.device)
-            # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
+            # the loss is a mean over the tokens of all processes, but gradients are averaged over processes, that is,
+            # divided by their number: so multiply by it
             n_tokens, n_rows = all_sum([batch["weights"][rows].sum(), len(rows)], env)
             weight = env.world / max(n_tokens, 1.0)
             if cfg.advantage == "dr_grpo" and cfg.ratio == "token":
-                # a constant instead of the number of tokens: a long answer's tokens count as much as a short one's
+                # a constant instead of the number of tokens: how long answers are does not change a token's weight
                 weight = env.world / (n_rows * cfg.max_new_tokens)
 
-            # text or conversations that the model should not forget; their gradients wait for those of the answers
+            # text or conversations that the model should not forget: their gradients stay in p.grad
             if cfg.ptx_coef:
                 number = step * cfg.ppo_epochs * cfg.minibatches + update
                 x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
@@ -285,11 +287,11 @@ def main(cfg):
                 (cfg.ptx_coef * ptx_loss * env.world).backward()
                 stats["ptx_loss"] += ptx_loss.item() * env.world
 
-            # a minibatch in parts that fit into memory; their gradients add up
+            # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)
             for part in parts:
                 b = {name: tensor[part] for name, tensor in batch.items()}         # (rows, T) or (rows)
-                net.require_backward_grad_sync = part is parts[-1]  # exchange gradients in the last backward pass
+                net.require_backward_grad_sync = part is parts[-1]  # processes average in the last part alone
                 with env.autocast():
                     hidden = net(b["ids"])                                         # (rows, T, C)
                     logps = token_logps(hidden, model.head_weight, b["targets"], b["mask"], cfg.temperature)
@@ -298,15 +300,15 @@ def main(cfg):
                 if cfg.advantage == "rloo":
                     kl = kl.detach()  # it is part of the reward already
                 ((loss + cfg.kl_coef * kl) * weight).backward()
-                # what to watch: how many ratios were clipped
+                # for the log: how many ratios were clipped
                 outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
                 stats["policy_loss"] += loss.item() * weight
                 stats["loss_kl"] += kl.item() * weight
                 stats["clip_share"] += (outside * b["weights"]).sum().item() * weight
                 if update == 0:
-                    # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
-                    off = (ratio.detach() - 1).abs() * b["mask"]
-                    first_ratio_error = max(first_ratio_error, off.max().item())
+                    # nothing has been learned yet: if a ratio is not 1, the two computations of log-probs differ
+                    distance = (ratio.detach() - 1).abs() * b["mask"]
+                    first_ratio_error = max(first_ratio_error, distance.max().item())
 
             # clip, step, and make room for the next gradients
             norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
@@ -324,13 +326,13 @@ def main(cfg):
         record.update(first_ratio_error=first_ratio_error, lr=lr, generate_share=generate_share, seconds=seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
-            # a score that rises while val_kl runs away is the reward being fooled: read the answers
+            # where the score and val_kl both rise fast, the reward may be fooled: read the answers
             record.update(evaluate(model, reference, val, scorer, watcher, tokenizer, cfg, env, environment))
         log(cfg, env, step, record)
         if measure:
             save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     if step < cfg.max_steps:
-        # stopped: the last finished step is not lost
+        # it was asked to stop: save what has been learned until the last finished step
         save("ckpt.pt", STAGE, cfg, env, step, model, [optimizer], tokenizer)
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 

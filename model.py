@@ -1,11 +1,11 @@
 """
 The model: a Llama-style decoder (RMSNorm, rotary positions, SwiGLU, grouped-query attention) in one file.
 
-    hidden = Transformer(config)(ids)            ids (B, T) -> what the last layer knows of each token (B, T, C)
+    hidden = Transformer(config)(ids)            ids (B, T) -> the last layer's vector of each token (B, T, C)
     logits = model.logits(hidden)                (B, T, C) -> a number for each token that may come next (B, T, V)
     scores = ScalarModel(config)(ids)            (B, T) -> one number a token: reward model and PPO critic
 
-The two steps stand apart because a large vocabulary's logits need not exist all at once: loss.py makes them in chunks.
+These are two steps, since the logits of a large vocabulary take much memory: loss.py computes them in chunks.
 Switches cover Llama 1/2/3, Qwen (bias in q, k, v), Qwen3 (norm on q and k), and DeepSeek-style mixture of experts.
 Shapes: B batch, T time, C channels (dim), H query heads, K key/value heads, D channels a head, V vocabulary.
 """
@@ -28,10 +28,10 @@ class ModelConfig:
     n_kv_heads: int = 0           # 0: as many as query heads; fewer: grouped-query attention
     head_dim: int = 0             # 0: dim / n_heads
     hidden_dim: int = 0           # width of the feed-forward layer; 0: 8/3 dim, rounded up to a multiple of 64
-    max_seq_len: int = 1024
+    max_seq_len: int = 1024       # tokens the model can see at once
     rope_theta: float = 10000.0
-    rope_factor: float = 1.0      # YaRN: sees so many times the tokens it was first trained on; 1: plain RoPE
-    rope_original_len: int = 0    # YaRN: those tokens
+    rope_factor: float = 1.0      # YaRN: max_seq_len / rope_original_len; 1: plain RoPE
+    rope_original_len: int = 0    # YaRN: tokens of the longest row that it was first trained on
     norm_eps: float = 1e-5
     tie_embeddings: bool = True   # input and output embedding are one matrix
     qkv_bias: bool = False        # Qwen, Qwen2
@@ -84,13 +84,13 @@ def rope_table(config):
 
     ramp_i rises from 0 for the pair that turns 32 times in rope_original_len tokens to 1 for the one that turns once.
     """
-    # like the hands of a clock: pair 0 turns by 1 radian a token, later pairs slower, the last by about 1 / theta
+    # like the hands of a clock: pair 0 turns by 1 radian per token, each next pair slower, the last by about 1 / theta
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim     # (D/2)
     frequency = config.rope_theta ** -exponent
     scale = 1.0
     if config.rope_factor > 1:
-        # fast pairs tell near tokens apart: they stay. Slow ones would come to angles never seen: they slow down by s.
-        # All scores grow by scale^2, or softmax over so many more keys would be flatter than what was trained
+        # fast pairs have made full turns in training: they stay. Slow pairs would reach angles that training never had,
+        # so they turn s times slower. With more keys softmax would get flatter: scale^2 makes all scores larger
         pairs_per_log = config.head_dim / 2 / math.log(config.rope_theta)
         low = max(0, math.floor(pairs_per_log * math.log(config.rope_original_len / (2 * math.pi * 32))))
         high = max(low + 0.001, math.ceil(pairs_per_log * math.log(config.rope_original_len / (2 * math.pi))))
@@ -104,7 +104,7 @@ def rope_table(config):
 
 def rotate(x, cos, sin):
     """Turn the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by their position's angle (layout of transformers)."""
-    # (x1, x2) is a point of the plane; the usual rotation matrix turns it and keeps its length
+    # (x1, x2) is a point in the plane; the rotation matrix of the angle turns it and keeps its length
     x1, x2 = x.chunk(2, dim=-1)
     turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     return turned.to(x.dtype)
@@ -113,15 +113,15 @@ def rotate(x, cos, sin):
 def document_positions(docs):
     """Return each token's position inside its own document; docs (B, T) numbers the documents packed into a row."""
     index = torch.arange(docs.size(1), device=docs.device).expand_as(docs)
-    # a document begins where the number changes, and at the head of the row
+    # a document begins where the number changes, and at the start of the row
     changes = docs[:, 1:] != docs[:, :-1]
     begins = F.pad(changes, (1, 0), value=True)
-    # the latest beginning up to each token is that of its own document
+    # the last beginning up to a token is that of its own document (cummax: the largest value so far)
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def positions_and_mask(ids, docs=None, cache=None):
-    """Return where tokens stand, (B, T) or a slice, and which keys they see, (B, 1, T, keys).
+    """Return the tokens' positions, (B, T) or a slice, and the mask: True where a token sees a key, (B, 1, T, keys).
     A mask of None is the plain causal one."""
     T = ids.size(1)
     if cache is not None:
@@ -135,7 +135,7 @@ def positions_and_mask(ids, docs=None, cache=None):
             docs = cache.is_token(T).long()
     if docs is None:
         return slice(0, T), None
-    # packed rows: a token sees what is of its own document (rows against columns) and not behind it (lower triangle)
+    # packed rows: a token sees tokens of the same document (compare all pairs) that do not come later (lower triangle)
     same_document = docs[:, :, None] == docs[:, None, :]                           # (B, T, T)
     return document_positions(docs), same_document.tril().unsqueeze(1)
 
@@ -144,20 +144,20 @@ class KVCache:
     """Keys and values of every layer, allocated once and written in place. Rows are left-padded by `pad` (B) tokens."""
 
     def __init__(self, config, pad, max_len, dtype):
-        # a token's keys and values never change once they are computed: with them kept, a new token costs one column
+        # keys and values of a token never change: they are kept, and only those of new tokens must be computed
         shape = (len(pad), config.n_kv_heads, max_len, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=pad.device) for _ in range(config.n_layers)]
         self.pad = pad
-        self.ragged = bool(pad.any())
-        self.length = 0
+        self.ragged = bool(pad.any())  # prompts of different lengths: some rows begin with padding
+        self.length = 0                # columns that are filled
 
     @property
     def filled(self):
         return self.length > 0
 
     def append(self, layer, k, v):
-        """Write k, v (B, K, T, D) behind what is there and return all of it. The model moves `length` on."""
+        """Write k, v (B, K, T, D) after the filled columns and return all of them. The model increases `length`."""
         end = self.length + k.size(2)
         keys = self.k[layer][:, :, :end]
         values = self.v[layer][:, :, :end]
@@ -197,13 +197,13 @@ def attend(q, k, v, mask):
         k = k.float()
         v = v.float()
     if T == 1:
-        # decoding: the query heads that share a key head stand as its T queries, so that nothing is copied
+        # decoding: the H / K query heads that share a key head become H / K queries of one head, so no key is copied
         queries = q.view(B, K, H // K, D)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
         return y.view(B, H, 1, D)
     if K != H and q.is_cuda and (mask is not None or torch.cuda.get_device_capability(q.device) < (8, 0)):
-        # no fused CUDA kernel takes shared key heads with a mask, or on GPUs before Ampere; without such a kernel all
-        # T x S scores would lie in memory, so the keys are copied instead
+        # here no fused CUDA kernel takes shared key heads, and without one all T x S scores would lie in memory: so the
+        # keys are copied instead, one copy for each query head
         k = k.repeat_interleave(H // K, dim=1)
         v = v.repeat_interleave(H // K, dim=1)
         K = H
@@ -211,7 +211,7 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """The layer in which tokens look at each other: each asks (q), is found (k), and gives what it knows (v)."""
+    """Each token makes a query (what it looks for), a key (what it is found by) and a value (what it gives)."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         K = config.n_kv_heads
         D = config.head_dim
         # one matmul makes q, k and v of all heads; with grouped queries (K < H), H / K heads share one k and one v
-        self.n_heads = [H, K, K]
+        self.head_counts = [H, K, K]  # of q, k and v
         self.head_dim = D
         self.qkv = nn.Linear(config.dim, (H + 2 * K) * D, config.qkv_bias)
         self.out = nn.Linear(H * D, config.dim, bias=False)
@@ -231,12 +231,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, append=None):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim)                          # (B, T, H + 2K, D)
-        q, k, v = heads.split(self.n_heads, dim=2)
+        q, k, v = heads.split(self.head_counts, dim=2)
         if self.qk_norm:
-            # with q and k of fixed length, their products cannot grow until softmax sees one key alone
+            # q and k get a fixed length: scores cannot grow so large that softmax gives one key all the weight
             q = self.q_norm(q.float())
             k = self.k_norm(k.float())
-        # positions enter here: the product of a turned q and a turned k depends on their distance alone
+        # positions enter here: after the rotation q @ k depends on the distance of the two tokens, not on their places
         q = rotate(q, cos, sin).to(v.dtype)
         k = rotate(k, cos, sin).to(v.dtype)
         # heads before time: each head is a batch of its own
@@ -244,10 +244,10 @@ class Attention(nn.Module):
         k = k.transpose(1, 2)                                                      # (B, K, T, D)
         v = v.transpose(1, 2)
         if append is not None:
-            k, v = append(k, v)  # behind the keys and values of the tokens before
+            k, v = append(k, v)  # the KV cache: returns the keys and values of all tokens so far
         with torch.autocast(x.device.type, enabled=False):  # attend knows better which dtype is fast
             y = attend(q, k, v, mask)                                              # (B, H, T, D)
-        # the heads' answers side by side; `out` mixes them and writes into the residual stream
+        # put the heads' results side by side; `out` mixes them into C channels again
         y = y.transpose(1, 2).reshape(B, T, -1)                                    # (B, T, H * D)
         return self.out(y)
 
@@ -261,13 +261,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x, real=None):
-        # each token by itself: what attention has gathered is looked up in the weights, where a model keeps its facts
+        # each token by itself, without looking at others. real (B, T), True where a token is no padding, is for MoE
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                # (..., hidden_dim) each
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward; each reads a normed copy of the stream and adds what it found to it."""
+    """One layer: attention, then feed-forward. Each reads x after a norm, and its result is added to x."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -280,7 +280,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.dim, config.hidden_dim)
 
     def forward(self, x, cos, sin, mask=None, append=None, real=None):
-        # the plain "x +" leaves gradients a straight way down to the first layer, however deep the model is
+        # through "x +" gradients also reach the first layer directly, however many layers there are
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, append)
         return x + self.ffn(self.ffn_norm(x), real)
 
@@ -289,14 +289,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    checkpoint_blocks = False  # True: keep only what enters a block, and compute the rest again in the backward pass
+    checkpoint_blocks = False  # True: keep only each block's input, and compute the rest again in the backward pass
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.seed = torch.randint(2 ** 62, (), device="cpu").item()  # of the weights it begins with
         self.trained_len = config.max_seq_len  # tokens of the longest row it has learned from; at first: all it sees
-        # a row for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same rows
+        # a vector for each token of the vocabulary; n_layers blocks; a matrix back to the vocabulary, or the same one
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -319,10 +319,10 @@ class Transformer(nn.Module):
             if name.endswith("bias"):
                 values.zero_()
             elif p.dim() > 1:
-                # matmuls that write into the residual stream start smaller (GPT-2, sec. 2.3), since it is the sum of
-                # 2 n_layers of them
-                into_stream = "attn.out" in name or "down" in name
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_stream else 0.02
+                # results of 2 n_layers matmuls are added to x: they start smaller, so that the sum does not grow with
+                # the number of layers (GPT-2, sec. 2.3)
+                is_added = "attn.out" in name or "down" in name
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if is_added else 0.02
                 values.normal_(std=std, generator=torch.Generator().manual_seed(self.seed + number))
             yield name, values
 
@@ -335,12 +335,12 @@ class Transformer(nn.Module):
         """
         T = ids.size(1)
         assert cache is None or not cache.filled or T == 1, f"a filled cache takes one token at a time, got {T}"
-        # the same for all layers: where the tokens stand, and which of them each may see
+        # the same for all layers: the position of each token, and which tokens it may see
         positions, mask = positions_and_mask(ids, docs, cache)
         cos = self.cos[positions].unsqueeze(-2)                                    # ([B,] T, 1, D/2)
         sin = self.sin[positions].unsqueeze(-2)
         real = None if docs is None else docs > 0  # document 0 is padding
-        # the residual stream: C numbers a token, to which every layer adds what it finds
+        # the residual stream: one vector for each token, to which every layer adds its results
         x = self.embed(ids)                                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
@@ -376,7 +376,7 @@ class Transformer(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """The same trunk with a scalar a token instead of the vocabulary: scores of a reward model, values of a critic."""
+    """A Transformer with one number per token instead of logits: scores of a reward model, values of a critic."""
 
     def __init__(self, config):
         super().__init__()
@@ -389,9 +389,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids, docs=None):
         """ids (B, T) -> (B, T) in fp32."""
-        # attention is causal: the number at a token speaks of the text up to it, at the last one of the whole text
+        # attention is causal: the number at a token depends on the text up to it, at the last token on the whole text
         x = self.trunk(ids, docs)                                                  # (B, T, C)
-        with torch.autocast(x.device.type, enabled=False):  # a score in bf16 has but eight bits
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has only 8 bits of precision
             return self.head(x.float()).squeeze(-1)
 
 

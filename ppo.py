@@ -1,5 +1,5 @@
 """
-PPO: raise the reward of the model's own answers without leaving the model it started from (InstructGPT, step 3).
+PPO: raise the reward of the model's own answers, and stay close to the model it started from (InstructGPT, step 3).
 
     python ppo.py config/poems_ppo.py
     python ppo.py config/poems_ppo.py --reward=recipes/rewards.py:rhyming     # a rule as the reward
@@ -12,8 +12,8 @@ out: out/<run>/ckpt.pt (actor, critic, optimizers), tokenizer.model, log.jsonl
 
 One step: (1) generate answers, (2) score them, (3) log-probs of actor and reference, values of the critic,
 (4) per-token rewards, (5) advantages, (6) a few epochs of clipped updates. What differs from the papers:
- 1. log-probs of the generating policy are computed again by the training forward, so that the first ratio is 1;
- 2. temperature divides the logits in every log-prob, not only while sampling: the tempered policy is the policy;
+ 1. old log-probs are not taken from generation: the training code computes them again, so that the first ratio is 1;
+ 2. every log-prob is of the logits divided by the temperature, as in sampling, so it is that of the sampled policy;
  3. the critic is a model of its own (started from the reward model), with its own optimizer and no clipped loss;
  4. the KL penalty is part of the reward (k1);
  5. losses are means over all answer tokens of a minibatch. Without a critic: grpo.py.
@@ -107,7 +107,7 @@ NEEDS = {
 
 def whiten(x, mask, env):
     """Shift and scale the entries of x (B, T) under mask to mean 0 and variance 1 over all processes."""
-    # the size of a step should not depend on the scale of the rewards, nor its direction on their mean
+    # so that neither the scale of the rewards nor their mean changes how the actor learns
     n, total, square = all_sum([
         mask.sum(),
         (x * mask).sum(),
@@ -123,7 +123,7 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
     Their sum over a row is score - kl_coef * log(pi(answer)/ref(answer)), the objective of Ziegler et al. 2019 (eq. 2).
     """
     rewards = -kl_coef * (logps - ref_logps) * mask
-    # the score is of the whole answer, so it is known only where the answer ends
+    # the score belongs to the whole answer, so its last token gets it
     rows = torch.arange(len(scores), device=mask.device)
     last = last_learned(mask)
     rewards[rows, last] += scores
@@ -133,8 +133,8 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), all (B, T); return advantages and returns.
 
-    values[:, t] is the critic's estimate at the prefix before token t. What lies outside the mask counts as zero, so
-    the last token of an answer is followed by nothing. It runs backwards:
+    values[:, t] is what the critic expects before token t: the sum of the rewards from here on. Outside the mask all is
+    zero, so after the last token of an answer nothing is expected. It is computed backwards (here gamma is 1):
 
         rewards      0    0    0    1        advantage of a token = its delta + gamma lam * advantage of the next
         values      .2   .3   .5   .8        delta = reward + gamma * next value - value
@@ -147,22 +147,23 @@ def gae(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(values[:, 0])
-    # from the last token to the first, since each advantage builds on that of the token behind it
+    # from the last token to the first, since each advantage needs that of the next token
     for t in reversed(range(values.size(1))):
-        # what this token brought, beyond what the critic had expected
+        # how much better (or worse) things look after this token than the critic expected before it
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         # lam 0: trust the critic's estimate of what comes next; lam 1: wait for what really came
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t]
         next_advantage = advantages[:, t]
-    # returns are what the critic should have said
+    # returns are what the critic should have predicted: its targets
     return advantages, (advantages + values) * mask
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
     """Clipped surrogate (PPO, eq. 7), summed over answer tokens; return (loss, ratio (B, T)). All inputs (B, T)."""
     ratio = ((logps - old_logps) * mask).exp()
-    # the worse of two losses: a ratio that has left the range the way its advantage wants gains nothing by going on
+    # the larger of two losses. Where a ratio has already passed 1 ± clip in the direction that its advantage asks for,
+    # that is the constant one, without gradient; where it has passed it in the other direction, the plain one
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.max(plain, clipped)
@@ -171,7 +172,7 @@ def policy_loss(logps, old_logps, advantages, mask, clip):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # one process per GPU, each with its share of a step's micro-steps
+    # torchrun starts one process per GPU; each computes its share of a step's micro-steps
     env = start(cfg)
     micro = micro_steps(cfg.grad_accum, env)
     check_minibatches(cfg.minibatches, cfg.batch_size)
@@ -180,15 +181,15 @@ def main(cfg):
     actor, tokenizer, base = load_model(cfg.init_from, env.device)
     reference = load_model(cfg.init_from, env.device)[0].requires_grad_(False)
     if cfg.lora_rank:
-        # only the adapters change: what is frozen lies in memory once, for actor and reference
+        # only the adapters change, so actor and reference share one copy of the frozen weights
         share_weights(actor, reference)
         start_lora(actor, cfg, base["model"], tokenizer)
     del base
-    # a reward model's weights already know what raises a score
+    # the critic starts as a copy of the reward model, which can already predict scores
     critic = load_reward_model(cfg.reward_from, env.device, tokenizer.fingerprint)
     scorer = make_scorer(cfg, tokenizer, env)
     watcher = function_scorer(cfg.watch, tokenizer, env) if cfg.watch else None
-    # the nets are the models, plus the exchange of gradients: with several processes, each gets the mean of all
+    # the nets are the models; with several processes their backward pass also averages their gradients
     nets = [actor, critic]
     if env.world > 1:
         nets = [DistributedDataParallel(m, gradient_as_bucket_view=True) for m in nets]
@@ -203,7 +204,7 @@ def main(cfg):
         ptx = open_mixed(cfg.ptx_dir, cfg.ptx_rows, tokenizer, actor.config.max_seq_len, env)
 
     # ------------------------------------------------------------------------ optimizer
-    # two optimizers with a rate each: the critic may move fast, the actor must not
+    # two optimizers, each with its own learning rate: the critic's may be large, the actor's must be small
     actor_optimizer = make_adamw(actor.parameters(), cfg.lr, cfg.weight_decay)
     critic_optimizer = make_adamw(critic.parameters(), cfg.critic_lr, cfg.weight_decay)
     optimizers = [actor_optimizer, critic_optimizer]
@@ -221,7 +222,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up, then come down
+        # the learning rate of this step: it rises first (warmup), then falls
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr(optimizers, lr / cfg.lr)
@@ -232,8 +233,8 @@ def main(cfg):
             documents += rollout(actor, prompts, cfg, tokenizer, seed, env)
         generated = time.perf_counter()
 
-        # (2) score the answers, (3) log-probs of actor and reference, values of the critic: all of it before the first
-        # update, for afterwards the actor is another
+        # (2) score the answers, (3) log-probs of actor and reference, values of the critic. All of it comes before the
+        # first update, since updates change actor and critic
         batch = make_batch(documents, tokenizer, scorer, watcher, env)
         if must_stop(batch, env):
             break
@@ -246,7 +247,7 @@ def main(cfg):
         record = summary(batch, env)
 
         # (4) a reward for each token: the KL penalty everywhere, the score at the end
-        # an answer that was cut is worth less than its score, or the model would learn never to end
+        # an answer cut at max_new_tokens loses some of its score, or the model would learn never to end
         scores = batch["score"] - cfg.no_eos_penalty * (1 - batch["ended"])
         rewards = token_rewards(scores, batch["logps"], batch["ref_logps"], mask, cfg.kl_coef)    # (B, T)
 
@@ -254,19 +255,20 @@ def main(cfg):
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, cfg.gamma, cfg.lam)
         batch["advantages"] = whiten(advantages, mask, env)                        # (B, T)
 
-        # (6) update: a few passes over the answers, an optimizer step for each minibatch. Answers take long to make, so
-        # they are used more than once: the ratio corrects for the actor having moved since, the clip limits how far
+        # (6) update: a few passes over the answers, an optimizer step for each minibatch. Generating is slow, so
+        # answers are used more than once. The ratio corrects for the change of the actor since; the clip limits it
         stats = dict.fromkeys(("policy_loss", "value_loss", "clip_share", "step_kl", "ptx_loss", "norm"), 0.0)
         learning = step >= cfg.critic_warmup
         first_ratio_error = 0.0
         for update in range(cfg.ppo_epochs * cfg.minibatches):
             epoch, minibatch = divmod(update, cfg.minibatches)
             rows = minibatch_rows(cfg, cfg.batch_size, step, epoch, minibatch, micro).to(env.device)
-            # a loss is a mean over tokens of all processes, whose gradients are averaged: hence times their number
+            # the loss is a mean over the tokens of all processes, but gradients are averaged over processes, that is,
+            # divided by their number: so multiply by it
             n_tokens = all_sum([mask[rows].sum()], env)[0]
             weight = env.world / max(n_tokens, 1.0)
 
-            # text or conversations that the model should not forget; their gradients wait for those of the answers
+            # text or conversations that the model should not forget: their gradients stay in p.grad
             if cfg.ptx_coef and learning:
                 number = step * cfg.ppo_epochs * cfg.minibatches + update
                 x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
@@ -277,11 +279,11 @@ def main(cfg):
                 (cfg.ptx_coef * ptx_loss * env.world).backward()
                 stats["ptx_loss"] += ptx_loss.item() * env.world
 
-            # a minibatch in parts that fit into memory; their gradients add up
+            # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)
             for part in parts:
                 b = {name: tensor[part] for name, tensor in batch.items()}         # (rows, T) or (rows)
-                actor_net.require_backward_grad_sync = part is parts[-1]  # exchange gradients in the last backward pass
+                actor_net.require_backward_grad_sync = part is parts[-1]  # average in the last part alone
                 critic_net.require_backward_grad_sync = part is parts[-1]
 
                 # actor: raise the log-probs of tokens that did better than expected
@@ -298,15 +300,15 @@ def main(cfg):
                 critic_loss = 0.5 * ((values - b["returns"]) ** 2 * b["mask"]).sum()
                 (critic_loss * weight).backward()
 
-                # what to watch: ratios that were clipped, and how far this step's updates have moved the actor
-                off = (ratio.detach() - 1).abs() * b["mask"]
+                # for the log: how many ratios were clipped, and how far this step's updates have moved the actor
+                distance = (ratio.detach() - 1).abs() * b["mask"]
                 stats["policy_loss"] += actor_loss.item() * weight
                 stats["value_loss"] += critic_loss.item() * weight
-                stats["clip_share"] += (off > cfg.clip).sum().item() * weight
+                stats["clip_share"] += (distance > cfg.clip).sum().item() * weight
                 stats["step_kl"] += (k3(b["logps"], logps.detach()) * b["mask"]).sum().item() * weight
                 if update == 0:
-                    # nothing has been learned yet, so the ratio is 1, or the two ways to compute log-probs disagree
-                    first_ratio_error = max(first_ratio_error, off.max().item())
+                    # nothing has been learned yet: if a ratio is not 1, the two computations of log-probs differ
+                    first_ratio_error = max(first_ratio_error, distance.max().item())
 
             # clip, step, and make room for the next gradients; the actor waits until the critic has warmed up
             norm = clip_grad_norm_(actor.parameters(), cfg.grad_clip or math.inf).item()
@@ -328,13 +330,13 @@ def main(cfg):
         record.update(first_ratio_error=first_ratio_error, lr=lr, generate_share=generate_share, seconds=seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
-            # a score that rises while val_kl runs away is the reward model being fooled: read the answers
+            # where the score and val_kl both rise fast, the reward model may be fooled: read the answers
             record.update(evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
         log(cfg, env, step, record)
         if measure:
             save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, critic=critic.state_dict())
     if step < cfg.max_steps:
-        # stopped: the last finished step is not lost
+        # it was asked to stop: save what has been learned until the last finished step
         save("ckpt.pt", STAGE, cfg, env, step, actor, optimizers, tokenizer, critic=critic.state_dict())
     finish(cfg, env, step, f"Try: python sample.py --chat --out_dir={cfg.out_dir}")
 

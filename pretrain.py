@@ -54,7 +54,7 @@ class Config:
     hidden_dim: Whole = 0          # 0: 8/3 dim
     max_seq_len: Count = 512       # tokens the model can ever see at once
     rope_theta: Positive = 10000.0
-    rope_factor: Positive = 1.0    # YaRN: see so many times the longest row that init_from was trained on
+    rope_factor: Positive = 1.0    # YaRN: read rows so many times longer than those init_from was trained on
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -72,10 +72,10 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-3
     min_lr: NonNegative = 1e-4     # at the last step
-    adam_lr: NonNegative = 0.0     # muon: of embeddings, head and norm weights, which stay with AdamW; 0: lr
+    adam_lr: NonNegative = 0.0     # with muon: rate of embeddings, head and norm weights, which AdamW trains; 0: lr
     momentum: Fraction = 0.95      # muon
     warmup_steps: Whole = 0        # 0: a tenth of the run, at most 100
-    decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
+    decay_steps: Whole = 0         # 0: cosine; above 0: flat, then a linear fall in the last decay_steps steps (wsd)
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = 1.0   # 0: no clipping
     # every eval_every steps: validation loss, a checkpoint, a sample
@@ -113,11 +113,11 @@ def get_batch(tokens, cfg, step, micro_step, device):
     T = cfg.seq_len
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - T, size=(cfg.grad_accum, cfg.batch_size))[micro_step]
-    # one token more than a row has: every input, the last one too, is followed by its target
+    # cut T + 1 tokens, so that every input, also the last one, has a target: the token after it
     rows = np.stack([tokens[i:i + T + 1] for i in starts]).astype(np.int64)
     rows = torch.from_numpy(rows)                                                  # (B, T + 1)
     if device.type == "cuda":
-        # from pinned memory, rows travel while the GPU still computes
+        # from pinned memory, rows are copied while the GPU still computes
         rows = rows.pin_memory().to(device, non_blocking=True)
     rows = rows.to(device)
     return rows[:, :-1], rows[:, 1:]
@@ -127,13 +127,13 @@ def model_config(cfg, vocab_size):
     """Return the ModelConfig that cfg describes."""
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     shape = {name: value for name, value in vars(cfg).items() if name in names}
-    # GPUs multiply fastest in multiples of 64: a few tokens at the end never occur, and the model learns that first
+    # GPUs multiply fastest when sizes are multiples of 64; the ids added at the end never occur in any text
     return ModelConfig(64 * math.ceil(vocab_size / 64), **shape)
 
 
 def make_model(cfg, tokenizer, env):
-    """Return a model in the shape that cfg describes, with random weights; with cfg.init_from that run's, as it is, or
-    with cfg.rope_factor seeing more tokens."""
+    """Return the model to train: of the shape that cfg describes, with random weights; or with cfg.init_from that run's
+    model. With cfg.rope_factor that model can read longer rows than before (YaRN)."""
     base = None
     if cfg.init_from:
         base = load_checkpoint(cfg.init_from)
@@ -144,16 +144,16 @@ def make_model(cfg, tokenizer, env):
         shape = dict(base["model_config"])
         trained_len = base.get("trained_len") or shape["max_seq_len"]
         if cfg.rope_factor != 1:
-            # YaRN: the same weights see more tokens than they were trained on
-            length = shape.get("rope_original_len") or trained_len
-            sees = int(length * cfg.rope_factor)
-            check(sees >= trained_len, f"rope_factor={cfg.rope_factor} times {length} is {sees} tokens, fewer than the "
-                  f"{trained_len} that {cfg.init_from} was trained on. Raise it")
-            shape.update(rope_factor=cfg.rope_factor, rope_original_len=length, max_seq_len=sees)
+            # YaRN: the same weights, but max_seq_len grows
+            original_len = shape.get("rope_original_len") or trained_len
+            new_len = int(original_len * cfg.rope_factor)
+            check(new_len >= trained_len, f"rope_factor={cfg.rope_factor} times {original_len} is {new_len} tokens, "
+                  f"fewer than the {trained_len} that {cfg.init_from} was trained on. Raise it")
+            shape.update(rope_factor=cfg.rope_factor, rope_original_len=original_len, max_seq_len=new_len)
             if env.is_main:
-                print(f"{cfg.init_from} was trained on rows of up to {trained_len} tokens, and sees {sees} from now on")
-        other = {key: value for key, value in changed(cfg).items() if shape.get(key, value) != value}
-        check(not other, f"{other} would change nothing: a run that goes on from {cfg.init_from} keeps its shape; "
+                print(f"{cfg.init_from} was trained on rows of up to {trained_len} tokens, now sees {new_len}")
+        ignored = {key: value for key, value in changed(cfg).items() if shape.get(key, value) != value}
+        check(not ignored, f"{ignored} would change nothing: a run that goes on from {cfg.init_from} keeps its shape; "
               "what it sees grows with --rope_factor alone")
         config = ModelConfig(**shape)
     else:
@@ -190,7 +190,7 @@ def main(cfg):
     # ------------------------------------------------------------------------ start
     # torchrun starts one process per GPU, and each runs this same function; rank 0 alone prints and saves
     env = start(cfg, cfg.dtype)
-    # a large batch is worked off in micro-steps that fit into memory, and each process does its share of them
+    # a large batch is computed in parts that fit into memory, the micro-steps; each process computes its share of them
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ data
@@ -214,7 +214,7 @@ def main(cfg):
         # block by block: one block is compiled once and serves for all
         for block in model.blocks:
             block.compile()
-    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    # net is the model; with several processes its backward pass also averages their gradients
     if cfg.shard and env.world > 1:
         net = shard_model(model, env)
     else:
@@ -241,7 +241,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up slowly, since Adam's averages of the first few gradients are mostly noise; then come down
+        # the learning rate of this step: it rises first, since Adam's averages of few gradients are noisy, then falls
         began = time.perf_counter()
         lr = lr_at(step, cfg, cfg.decay_steps)
         set_lr(optimizers, lr / cfg.lr)
@@ -250,16 +250,16 @@ def main(cfg):
         loss = torch.zeros((), device=env.device)
         for i in micro:
             x, y = get_batch(train.tokens, cfg, step, i, env.device)               # (B, T), (B, T)
-            # forward: hidden states, then how surprised the model is by each next token
-            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            # forward: hidden states (B, T, C), then the loss: -log p of each next token, averaged
+            net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             with env.autocast():
                 micro_loss = cross_entropy(net(x), model.head_weight, y, compiled=compiled)
-            # backward: the step's gradient is the mean over all its micro-steps, here over those of this process. The
-            # scaler keeps small fp16 gradients from vanishing (it does nothing in bf16 and fp32)
+            # backward: divide by the number of micro-steps, so that the sum of their gradients is a mean. The scaler
+            # keeps small fp16 gradients from becoming 0 (it does nothing in bf16 and fp32)
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
 
-        # clip: a gradient of unusual size, from an unusual batch, must not throw the weights far off
+        # clip: a gradient longer than grad_clip is made shorter, so that one unusual batch cannot change too much
         for optimizer in optimizers:
             env.scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
@@ -271,7 +271,7 @@ def main(cfg):
             optimizer.zero_grad(set_to_none=True)
         env.scaler.update()
         if config.n_experts:
-            # no gradient, a rule: experts that got few tokens get more; the steps shrink with the learning rate
+            # a rule instead of a gradient: experts that got few tokens get more from now on; its step falls with lr
             model.update_router_bias(0.01 * lr / cfg.lr, dist.all_reduce if env.world > 1 else None)
         step += 1
 
@@ -283,13 +283,13 @@ def main(cfg):
         # measure on held-out text now and then, and at the end
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and len(val.tokens) > 1:
-            # training text comes again each epoch, until it is known by heart; from this text nothing is ever learned
+            # the model reads the training text in every epoch and may memorize it; this text it never learns from
             record["val_loss"], record["val_bits_per_byte"] = text_loss(
                 model, val, cfg.seq_len, cfg.batch_size, cfg.eval_tokens, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
-        # save before sampling: sampling may fail, and must not cost the steps
+        # save before sampling: if sampling fails, no training is lost
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
             save("best.pt", STAGE, cfg, env, step, model, optimizers, tokenizer, best_val=best_val)

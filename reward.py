@@ -94,12 +94,12 @@ def ranked_pairs(sizes, device="cpu"):
 
 
 def ranking_loss(scores, sizes, centre=0.0):
-    """scores (R) -> the loss of each prompt (G): mean over its K(K-1)/2 pairs of -log sigmoid(r_chosen - r_rejected).
+    """scores (R answers) -> loss (G prompts): mean over K(K-1)/2 pairs of -log sigmoid(r_chosen - r_rejected).
 
     InstructGPT, eq. 1; with K = 2 it is Bradley-Terry. A prompt counts once, however many pairs it makes. Differences
-    alone would leave open where 0 is; centre * (r_chosen + r_rejected)^2 puts it in the middle.
+    do not change when all scores grow by one number; centre * (r_chosen + r_rejected)^2 keeps scores near 0.
     """
-    # every answer was scored once, whatever number of pairs it is in; here scores become pairs
+    # every answer has one score, and is in several pairs: chosen and rejected are numbers of answers
     chosen, rejected, prompt = ranked_pairs(sizes, scores.device)                  # each (P)
     # Bradley-Terry: the chosen one is better with probability sigmoid(difference); make that likely
     losses = -F.logsigmoid(scores[chosen] - scores[rejected])                      # (P)
@@ -131,32 +131,32 @@ def evaluate(model, split, cfg, pad_id, env):
         scores = score_answers(model, *batch, env)                                 # (R)
         loss += ranking_loss(scores, sizes, cfg.centre).sum()
         stats += pair_stats(scores, sizes)
-    # sums first, quotients last: batches hold different numbers of prompts and pairs
+    # add up first, divide last: batches hold different numbers of prompts and pairs
     loss, right, _, pairs = all_sum([loss, *stats], env)
     return loss / n_prompts, right / pairs
 
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # one process per GPU, each with its share of a step's micro-steps
+    # torchrun starts one process per GPU; each computes its share of a step's micro-steps
     env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
-    # a model that writes answers also knows what they say: keep all of it but the head over the vocabulary, and put a
-    # head with one output in its place
+    # start from a model that can write answers: keep all of it but the head over the vocabulary, and put a new head
+    # with one output in its place
     base, tokenizer, checkpoint = load_model(cfg.init_from)
     model = ScalarModel(base.config)
     weights = base.state_dict()
     weights.pop("lm_head.weight", None)
     model.trunk.load_state_dict(weights, strict=True)
     if cfg.lora_rank:
-        # freeze the trunk but for adapters; the head is new, and learns as it is
+        # the trunk is frozen and gets adapters; the new head learns as usual
         model.lora = start_lora(model.trunk, cfg, checkpoint["model"], tokenizer).lora
     del base, weights, checkpoint
-    # pairs see differences alone, where a bias cancels out: without the centre its gradient would be rounding noise
+    # in differences of scores the bias cancels out: without the centre term its gradient would be rounding noise
     model.head.bias.requires_grad_(cfg.centre > 0)
-    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    # net is the model; with several processes its backward pass also averages their gradients
     net = model.to(env.device)
     if env.world > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -180,12 +180,12 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up, then come down
+        # the learning rate of this step: it rises first (warmup), then falls
         began = time.perf_counter()
         lr = lr_at(step, cfg)
         set_lr([optimizer], lr / cfg.lr)
 
-        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each computes its share of them
         loss = torch.zeros((), device=env.device)
         stats = torch.zeros(3, device=env.device)
         for i in micro:
@@ -193,11 +193,11 @@ def main(cfg):
             # a prompt comes with all its answers: they are compared with each other, never with those to another
             prompts = shuffled(n_prompts, first, cfg.batch_size, cfg.seed)
             batch, sizes = get_prompts(train, prompts, tokenizer.pad_id, env.device)
-            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             # forward: score every answer alone, then compare those to one prompt
             scores = score_answers(net, *batch, env)                               # (R), the answers of all prompts
             micro_loss = ranking_loss(scores, sizes, cfg.centre).mean()
-            # backward: the mean over micro-steps; the scaler matters in fp16 alone
+            # backward: a mean over micro-steps; the scaler does something in fp16 only
             env.scaler.scale(micro_loss / len(micro)).backward()
             loss += micro_loss.detach() / cfg.grad_accum
             stats += pair_stats(scores, sizes)
@@ -225,7 +225,7 @@ def main(cfg):
         # measure on held-out prompts now and then, and at the end
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and len(val):
-            # ranked answers are few and soon known by heart: PPO should score with best.pt if val_loss rises again
+            # there are few ranked answers, soon memorized: if val_loss rises again, let PPO score with best.pt
             record["val_loss"], record["val_accuracy"] = evaluate(model, val, cfg, tokenizer.pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)

@@ -10,9 +10,8 @@ in:  data/<name>/ from prepare.py --kind=sft (train/val .bin .mask .idx, meta.js
 out: out/<run>/ckpt.pt (the last step; run the same command again to go on), best.pt (lowest validation loss),
      tokenizer.model, log.jsonl. With --lora_rank the weights are adapters alone, to be loaded over out/<base>/
 
-Conversations are packed into rows; each sees only itself, counts positions from its own start and is shifted by itself,
-so a row costs what its conversations cost one by one. The loss is the mean over all learned tokens of a step, however
-it is split into micro-steps and processes.
+Several conversations are packed into one row. Each sees only itself and counts positions from its own start, so the
+loss is as with one conversation a row. It is the mean over all learned tokens of a step, with any number of processes.
 """
 import bisect
 import math
@@ -65,10 +64,10 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 3e-4
     min_lr: NonNegative = 3e-5     # at the last step
-    adam_lr: NonNegative = 0.0     # muon: of embeddings, head and norm weights, which stay with AdamW; 0: lr
+    adam_lr: NonNegative = 0.0     # with muon: rate of embeddings, head and norm weights, which AdamW trains; 0: lr
     momentum: Fraction = 0.95      # muon
     warmup_steps: Whole = 0        # 0: a tenth of the run, at most 100
-    decay_steps: Whole = 0         # 0: cosine; else flat, then a linear fall over so many last steps (wsd)
+    decay_steps: Whole = 0         # 0: cosine; above 0: flat, then a linear fall in the last decay_steps steps (wsd)
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0   # 0: no clipping
     # every eval_every steps: validation loss, a checkpoint, answers to the questions (split at |)
@@ -96,10 +95,11 @@ NEEDS = {
 
 
 def pack(lengths, T, *seed):
-    """Share conversations out to rows of T tokens, in an order drawn from seed; return a list of numbers a row.
+    """Put conversations of these lengths into rows of T tokens; return for each row the numbers of its conversations.
 
-    Each goes to the row with the least room that still holds it (best fit), else to a new row; those longer than a row
-    are left out. In every 64 of the order the longest come first: sorting all would fill rows with one kind.
+    They come in a random order (seed). Each goes into the row with the least space that is enough (best fit), or into
+    a new row; those longer than T are left out. In every group of 64 the longest come first, since short ones fit into
+    the space that is left; sorting all of them would put only long ones together.
     """
     rng = np.random.default_rng(seed)
     usable = np.flatnonzero((lengths > 0) & (lengths <= T))
@@ -108,9 +108,9 @@ def pack(lengths, T, *seed):
     group = np.arange(len(order)) // 64
     order = order[np.lexsort((-lengths[order], group))]
     rows = []
-    rooms = []  # (tokens left, row), sorted
+    rooms = []  # of each row that is not full: (free tokens, number of the row), sorted
     for i in order.tolist():
-        # rooms are sorted, so the first that is large enough is the tightest fit
+        # sorted, so the first that is large enough leaves the least space free
         best = bisect.bisect_left(rooms, (lengths[i],))
         if best == len(rooms):
             # no row has room enough: open a new one
@@ -119,15 +119,15 @@ def pack(lengths, T, *seed):
         room, row = rooms.pop(best)
         rows[row].append(i)
         bisect.insort(rooms, (room - lengths[i], row))
-        del rooms[:-1000]  # the fullest: what they still could take, another row can
-    return [rows[r] for r in rng.permutation(len(rows))]  # early rows are the fullest
+        del rooms[:-1000]  # keep the 1,000 with the most space: a shorter list is faster
+    return [rows[r] for r in rng.permutation(len(rows))]  # early rows are the fullest, so mix them
 
 
 def get_batch(split, rows, T, pad_id, device):
     """Rows of conversations -> inputs, targets, mask (1 where the target is learned), docs, each (B, T).
 
-    Every conversation is shifted inside itself, so its last token predicts nothing. docs numbers the conversations of a
-    row from 1; what remains of the row is padding, document 0.
+    Inputs and targets are shifted inside each conversation, so its last token is no input. docs is the number of the
+    conversation in its row, from 1; the rest of the row is padding, with number 0.
     """
     # begin with padding everywhere; conversations are written over it
     shape = (len(rows), T)
@@ -138,13 +138,13 @@ def get_batch(split, rows, T, pad_id, device):
     for b, row in enumerate(rows):
         begin = 0
         for number, i in enumerate(row, 1):
-            # one conversation behind the other. A place is learned where its target is: hence the mask is shifted, too
+            # one conversation after another. The mask says which targets are learned, so it is shifted like them
             tokens, learned = split.document(i)
             place = slice(begin, begin + len(tokens) - 1)
             ids[b, place] = tokens[:-1]
             targets[b, place] = tokens[1:]
             mask[b, place] = learned[1:]
-            # the model lets a token see those of its own number only
+            # a token sees only tokens with its own number
             docs[b, place] = number
             begin = place.stop
     batch = (ids, targets, mask, docs)
@@ -164,7 +164,7 @@ def evaluate(model, split, rows, cfg, pad_id, env):
         with env.autocast():
             nats += cross_entropy(model(x, docs), model.head_weight, y, mask)
         count += mask.sum()
-    # sums first, the quotient last: batches hold different numbers of learned tokens
+    # add up first, divide last: batches hold different numbers of learned tokens
     nats, count = all_sum([nats, count], env)
     return nats / max(count, 1)
 
@@ -189,20 +189,20 @@ def print_answers(model, tokenizer, cfg, env):
 
 def main(cfg):
     # ------------------------------------------------------------------------ start
-    # one process per GPU, each with its share of a step's micro-steps
+    # torchrun starts one process per GPU; each computes its share of a step's micro-steps
     env = start(cfg, cfg.dtype)
     micro = micro_steps(cfg.grad_accum, env)
 
     # ------------------------------------------------------------------------ model
-    # what it knows of the language, pretraining has taught it; this stage gives it the habit of answering
+    # pretraining has taught this model the language; here it learns to answer
     model, tokenizer, base = load_model(cfg.init_from)
     if cfg.lora_rank:
-        # freeze it all, and learn a small change beside some of its matrices
+        # freeze all weights, and learn a small change of some of the matrices
         start_lora(model, cfg, base["model"], tokenizer)
     del base
     teacher = None
     if cfg.teacher:
-        # another model, whose probabilities say more than the one token that stands in the text
+        # the teacher's probabilities of all tokens say more than the one token that stands in the text
         teacher, teacher_tokenizer, _ = load_model(cfg.teacher, env.device)
         check(teacher_tokenizer.fingerprint == tokenizer.fingerprint, f"teacher={cfg.teacher} has another tokenizer "
               f"than {cfg.init_from}: their probabilities cannot be compared")
@@ -210,7 +210,7 @@ def main(cfg):
     if compiled:
         for block in model.blocks:
             block.compile()
-    # net is the model, plus the exchange of gradients: with several processes, each gets the mean of all
+    # net is the model; with several processes its backward pass also averages their gradients
     if cfg.shard and env.world > 1:
         net = shard_model(model, env)
     else:
@@ -226,14 +226,14 @@ def main(cfg):
           "see")
     lengths = np.diff(train.idx) - 1                                       # inputs of each conversation
     learned = np.add.reduceat(train.mask, train.idx[:-1], dtype=np.int64)  # and its learned targets
-    # several short conversations share a row, so that hardly a position is padding
+    # several short conversations share a row, so that few positions are padding
     rows = pack(lengths, cfg.seq_len, cfg.seed, 0)
     check(rows, f"none of the {len(train):,} conversations of {cfg.data_dir} fits into a row of seq_len={cfg.seq_len}. "
           "Raise --seq_len, or prepare the data again with shorter ones")
     used = np.concatenate(rows)
     # packing decides how many rows there are, so the number of steps is known only now
     rows_an_epoch = len(rows)
-    # no row twice in a step; and a hundred conversations want more passes than a million
+    # a step uses no row twice, so few rows make a smaller batch; and the fewer rows there are, the more epochs
     cfg.batch_size = min(cfg.batch_size, math.ceil(rows_an_epoch / cfg.grad_accum))
     rows_a_step = cfg.batch_size * cfg.grad_accum
     epochs = cfg.epochs or max(2.0, 100 * rows_a_step / rows_an_epoch)
@@ -245,7 +245,7 @@ def main(cfg):
         epoch += 1
     val_rows = pack(np.diff(val.idx) - 1, cfg.seq_len, cfg.seed)
     val_used = sum(map(len, val_rows))
-    # each conversation counts positions from its own start: those up to the longest one's end are learned
+    # the positions that the model learns end where the longest conversation ends
     model.trained_len = max(model.trained_len, int(lengths[used].max()))
 
     # ------------------------------------------------------------------------ optimizer
@@ -268,7 +268,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------ loop
     while step < cfg.max_steps:
-        # warm up, then come down
+        # the learning rate of this step: it rises first (warmup), then falls
         began = time.perf_counter()
         lr = lr_at(step, cfg, cfg.decay_steps)
         set_lr(optimizers, lr / cfg.lr)
@@ -279,27 +279,27 @@ def main(cfg):
         n_learned = max(1, int(learned[documents].sum()))
         n_tokens = int(lengths[documents].sum())
 
-        # gradients of all micro-steps add up in p.grad; with several processes each works on its share of them
+        # gradients of all micro-steps add up in p.grad; with several processes each computes its share of them
         loss = torch.zeros((), device=env.device)
         for i in micro:
             part = step_rows[i * cfg.batch_size:(i + 1) * cfg.batch_size]
             x, y, mask, docs = get_batch(train, part, cfg.seq_len, tokenizer.pad_id, env.device)    # each (B, T)
-            net.require_backward_grad_sync = i == micro[-1]  # processes exchange gradients in the last backward pass
+            net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             # forward: the questions are read, but only the mask's tokens, the answers, are learned
             weights = mask / n_learned
             with env.autocast():
                 hidden = net(x, docs)                                              # (B, T, C)
                 micro_loss = cross_entropy(hidden, model.head_weight, y, weights, compiled)
                 if teacher:
-                    # distillation: learn how likely the teacher finds every token, not only which one stands here
+                    # distillation: learn the teacher's probability of every token, not only which one stands here
                     with torch.no_grad():
                         teacher_hidden = teacher(x, docs)
-                    # the tokenizer's own tokens: behind them each model may be padded otherwise
+                    # compare the tokenizer's V tokens: the rows behind them are padding, other in each model
                     V = tokenizer.vocab_size
                     divergence = distillation_loss(
                         hidden, model.head_weight[:V], teacher_hidden, teacher.head_weight[:V], weights)
                     micro_loss = torch.lerp(micro_loss, divergence, cfg.teacher_weight)
-            # backward: the exchange takes the mean over the processes, but their losses are parts of one sum
+            # backward: the loss is the sum over all processes, but gradients are averaged: so times their number
             env.scaler.scale(micro_loss * env.world).backward()
             loss += micro_loss.detach()
 
@@ -314,7 +314,7 @@ def main(cfg):
                 env.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         env.scaler.update()
-        # the load of the experts is kept even by a rule; under adapters the router stays as it was
+        # a rule, no gradient: experts that got few tokens get more; with adapters the router does not change
         if model.config.n_experts and not cfg.lora_rank:
             model.update_router_bias(0.01 * lr / cfg.lr, dist.all_reduce if env.world > 1 else None)
         step += 1
@@ -327,12 +327,12 @@ def main(cfg):
         # measure on held-out conversations now and then, and at the end
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure and val_rows:
-            # it rises again when answers are learned by heart: then best.pt is the run's best
+            # val_loss rises again when the model memorizes the training answers: then use best.pt
             record["val_loss"] = evaluate(model, val, val_rows[:cfg.eval_rows], cfg, tokenizer.pad_id, env)
         if measure or stop or step % cfg.log_every == 0:
             log(cfg, env, step, record)
 
-        # save before sampling: sampling may fail, and must not cost the steps
+        # save before sampling: if sampling fails, no training is lost
         if record.get("val_loss", math.inf) < best_val:
             best_val = record["val_loss"]
             save("best.pt", STAGE, cfg, env, step, model, optimizers, tokenizer, best_val=best_val)

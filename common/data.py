@@ -1,8 +1,8 @@
 """
-How rows come off the disk: a data folder made by prepare.py, memory-mapped, and the order in which a run reads it.
+Read data: a folder made by prepare.py, mapped into memory, and the order in which a run reads its rows.
 
     train, val, meta = open_data("data/poems", "text")
-    train.tokens[1000:1512]                  plain text is one long row of tokens
+    train.tokens[1000:1512]                  plain text is one long array of tokens
     train.document(7)                        (ids, mask): a conversation, an answer, a prompt
     shuffled(n, first, count, seed)          entries first ... of an endless shuffle of 0 ... n - 1
     shift(*pad(documents, pad_id, device))   documents as a batch: inputs, targets, mask
@@ -206,8 +206,8 @@ def mixed_rows(splits, number, n_rows, seed, pad_id, env):
     documents = []
     for i in shuffled(len(split), first, n_rows, seed):
         ids, mask = split.document(i)
-        documents.append((ids, np.ones(len(ids)) if mask is None else mask))  # of a text, all is learned
-    # each process learns its share of the rows; how many tokens count in all, it must know from all of them
+        documents.append((ids, np.ones(len(ids)) if mask is None else mask))  # in a text every token is learned
+    # each process learns its share of the rows; the weights are 1 / learned tokens in all rows
     n_learned = sum(mask[1:].sum() for _, mask in documents)
     ours = documents[env.rank::env.world]
     ids, targets, mask = shift(*pad(ours, pad_id, env.device))

@@ -3,7 +3,7 @@ Generation: prompts of different lengths in, new tokens out, with a KV cache.
 
     generate(model, [[ids], ...], 100, temperature=0.8, top_p=0.95, stop_ids=[eot])
 
-What a row says depends on its prompt and on seed + its number alone, never on the rest of the batch.
+What is generated for a row depends on its prompt and on seed + its number, never on the rest of the batch.
 """
 import math
 
@@ -44,13 +44,13 @@ def generate(
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceed the model's "
                          f"max_seq_len={room}")
     device = model.head_weight.device
-    # a prompt that is answered several times goes through the model once
-    place = {}
-    rows = [place.setdefault(tuple(p), len(place)) for p in prompts]
-    prompt_of = torch.tensor(rows, device=device)
-    # padding goes to the left, so that all prompts end in the last column and new tokens stand behind each other
-    pad = torch.tensor([longest - len(p) for p in place], device=device)
-    padded = [[pad_id] * (longest - len(p)) + list(p) for p in place]
+    # equal prompts go through the model once: number the different ones, and note the number that each row has
+    different = {}
+    numbers = [different.setdefault(tuple(p), len(different)) for p in prompts]
+    prompt_of = torch.tensor(numbers, device=device)                               # (rows)
+    # padding goes to the left, so that all prompts end in the same column and new tokens follow directly
+    pad = torch.tensor([longest - len(p) for p in different], device=device)
+    padded = [[pad_id] * (longest - len(p)) + list(p) for p in different]
     ids = torch.tensor(padded, device=device)                                      # (prompts, longest)
     dtype = matmul_dtype(model.head_weight)
     columns = 16 * math.ceil((longest + max_new_tokens) / 16)  # masked attention on GPUs wants whole sixteens
@@ -59,11 +59,11 @@ def generate(
     uniforms = draw_uniforms(seed, len(new), max_new_tokens).to(device)            # (rows, steps)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
 
-    # read the prompts; then every answer goes on from the keys and values of its own
+    # read the prompts; then every row gets the keys and values of its own prompt
     hidden = model(ids, cache=cache)[:, -1]                                        # (prompts, C)
-    alive = torch.arange(len(new), device=device)  # the row each line of the batch writes to
+    alive = torch.arange(len(new), device=device)  # numbers of the rows that have not ended
     hidden = hidden[prompt_of]                                                     # (rows, C)
-    if len(place) < len(prompts):
+    if len(different) < len(prompts):
         cache.select(prompt_of)
     seen = torch.zeros(len(new), model.config.vocab_size, dtype=torch.bool, device=device)
     if repetition_penalty != 1.0:
@@ -88,7 +88,7 @@ def generate(
             on_token(shown)
         if repetition_penalty != 1.0:
             seen[alive, ids] = True
-        # rows that have ended leave the batch, and their keys and values the cache
+        # take rows that have ended out of the batch and out of the cache
         ended = torch.isin(ids, stops)
         going = (~ended).nonzero().squeeze(1)
         if len(going) == 0 or step == max_new_tokens - 1:
@@ -142,7 +142,7 @@ def filter_logits(logits, seen, temperature, top_k, top_p, min_p, repetition_pen
 
 
 def pick(logits, uniforms, temperature):
-    """Pick a token a row of logits (B, V): the likeliest, or by inverting the cdf at uniforms (B) in [0, 1)."""
+    """Pick one token per row of logits (B, V): the likeliest, or a random one, by inverting the cdf at uniforms (B)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = logits.softmax(-1)

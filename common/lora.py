@@ -8,8 +8,8 @@ The run's ckpt.pt holds the adapters and names its base; checkpoint.load_model a
 
 What differs from the paper and peft: (1) q, k, v are one matrix and share one A, as do gate and up; (2) no dropout;
 (3) routed experts and the router are never adapted; of the embeddings, the rows of the chat tokens learn. No text of
-pretraining holds these tokens, so they have one and the same row, and with that row frozen no adapter could tell
-<|im_end|> from the others: answers would not end.
+pretraining holds these tokens, so their rows are equal. If they stayed frozen, no adapter could tell <|im_end|> from
+the others, and answers would not end.
 """
 import hashlib
 import math
@@ -38,7 +38,7 @@ class LoRALinear(nn.Linear):
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        # with B = 0 the first step starts from the base itself; were A zero as well, neither would get a gradient
+        # B is 0, so at first nothing changes. If A were 0 as well, neither of them would get a gradient
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):

@@ -1,5 +1,5 @@
 """
-Hidden states to losses, without ever holding all the logits: N tokens times a vocabulary of 150,000 would be gigabytes.
+From hidden states to losses, in chunks: all logits at once, N tokens times a vocabulary of 150,000, would be gigabytes.
 
     cross_entropy(x, head_weight, targets, weights)          the loss of pretraining and SFT
     distillation_loss(x, head_weight, teacher_x, …)          KL from a teacher's probabilities
@@ -44,14 +44,14 @@ def cross_entropy(x, head_weight, targets, weights=None, compiled=False):
         weights = (targets >= 0).float()
         weights = weights / weights.sum().clamp(min=1)
     else:
-        # what is not learned needs no logits
+        # compute logits only of the tokens that are learned
         weights = weights.reshape(-1).float()
         learned = weights != 0
         x = x[learned]
         targets = targets[learned]
         weights = weights[learned]
     if len(x) == 0:
-        return x.sum() * 0.0 + head_weight.sum() * 0.0  # nothing to learn, yet all parameters take part
+        return x.sum() * 0.0 + head_weight.sum() * 0.0  # 0, with a gradient of 0 for each parameter (DDP waits for all)
     with_grad = torch.is_grad_enabled()
     return ChunkedCrossEntropy.apply(x, head_weight, targets, weights, with_grad, compiled)
 
@@ -77,7 +77,7 @@ def distillation_loss(x, head_weight, teacher_x, teacher_head, weights):
     size = chunk_size(len(head_weight), x.device)
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        # both models' logits of a chunk are forgotten and made again in the backward pass
+        # both models' logits of a chunk are not kept: the backward pass computes them again
         divergence = checkpoint(chunk_divergence, x[part], head_weight, teacher_x[part], teacher_head,
                                 use_reentrant=False)
         loss = loss + (weights[part] * divergence).sum()
@@ -101,7 +101,7 @@ def text_loss(model, split, seq_len, batch_size, max_tokens, env):
         targets.flat[:n] = split.tokens[start + 1:start + n + 1]
         x = torch.from_numpy(ids).to(env.device)                                   # (B, T)
         y = torch.from_numpy(targets).to(env.device)
-        # weights of 1 make the loss a sum: sums of batches and processes add up, means of unequal ones would not
+        # weights of 1 make this a sum. Sums of all batches can be added, means of batches of different sizes cannot
         with env.autocast():
             nats += cross_entropy(model(x), model.head_weight, y, (y >= 0).float())
     total = all_sum([nats], env)[0]
@@ -127,13 +127,13 @@ def token_logps(x, head_weight, targets, mask, temperature=1.0):
     logps = torch.zeros(targets.shape, device=x.device)
     if len(x) == 0:
         return logps + x.sum() * 0.0 + head_weight.sum() * 0.0
-    # a chunk's logits are forgotten and made again in the backward pass
+    # a chunk's logits are not kept: the backward pass computes them again
     size = chunk_size(len(head_weight), x.device)
     parts = []
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         parts.append(checkpoint(chunk_logps, x[part], head_weight, chosen[part], temperature, use_reentrant=False))
-    # back to where they stand in the rows
+    # put them back to their places in the rows
     return logps.masked_scatter(learned, torch.cat(parts))
 
 
@@ -208,10 +208,10 @@ def compiled_softmax_nll():
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk, the gradient made beside the loss.
+    """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk, with its gradient.
 
-    Per token d loss / d logits = weight * (softmax - onehot); making it in the forward pass saves the logits' memory
-    (and on CPUs the time to fetch it) without computing them twice.
+    Per token d loss / d logits = weight * (softmax - onehot). It is computed in the forward pass, beside the loss: so
+    the logits need not be kept for the backward pass, and are not computed twice.
     """
 
     @staticmethod
@@ -222,7 +222,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_head = torch.zeros_like(head) if with_grad else None
-        # 1/N is too small for fp16: matmuls see weights relative to the largest, which comes back in fp32
+        # 1/N is too small for fp16: matmuls use weights divided by the largest one, and fp32 multiplies by it again
         scale = weights.amax().clamp(min=1e-30)
         relative = weights / scale
         size = chunk_size(len(head), x.device)
@@ -235,7 +235,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 targets[part].clamp(min=0)[:, None])
             loss += (weights[part] * nll).sum()
             if with_grad:
-                # a row's weight is cheaper put on its C channels than on V logits
+                # multiply the C channels of a row by its weight: cheaper than its V logits
                 grad_x[part] = (grad @ rounded_head) * weights[part, None]
                 weighted = (inputs * relative[part, None]).to(dtype)
                 grad_head += (grad.T @ weighted).float() * scale
@@ -245,7 +245,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # both are made already; what comes from above is one number, the factor on the loss
+        # both are computed already; grad_loss is one number, the factor on the loss
         grad_x, grad_head = ctx.saved_tensors
         grad_x = grad_x * grad_loss.to(grad_x.dtype)
         return grad_x, grad_head * grad_loss, None, None, None, None

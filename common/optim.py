@@ -24,7 +24,7 @@ def lr_at(step, cfg, decay_steps=0):
     if step < warmup_steps:
         return cfg.lr * (step + 1) / warmup_steps
     if decay_steps:
-        # a short run has fewer steps left to fall in
+        # a short run may have fewer steps than that after its warmup
         decay_steps = max(1, min(decay_steps, cfg.max_steps - warmup_steps))
         share = min(1.0, (cfg.max_steps - step) / decay_steps)
     else:
@@ -56,8 +56,8 @@ def make_optimizers(model, cfg, env):
     adamw: one AdamW. muon: the blocks' matrices go to Muon; embeddings, head, experts, norm weights and biases stay
     with AdamW, at cfg.adam_lr.
     """
-    muon = defaultdict(list)  # rows of the matrices that lie in a parameter: parameters
-    rest = []
+    muon = defaultdict(list)  # {parts_of(…): parameters}
+    rest = []                 # parameters that stay with AdamW
     for name, p in model.named_parameters():
         if cfg.optimizer == "muon" and p.ndim == 2 and "blocks." in name and "router" not in name and p.requires_grad:
             muon[parts_of(name, p, model.config)].append(p)
@@ -76,7 +76,7 @@ def make_optimizers(model, cfg, env):
 # ---------------------------------------------------------------------------- Muon
 
 
-# Five steps of X <- a X + (b X X' + c (X X')^2) X drive all singular values of a matrix of norm 1 towards 1.
+# Five steps of X <- a X + (b X X' + c (X X')^2) X bring all singular values of a matrix of norm 1 close to 1.
 # Coefficients: Polar Express (arXiv 2505.16932), which fits each step to the range that the one before has left.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -100,7 +100,7 @@ def orthogonalize(x):
 
 
 def orthogonalize_batch(matrices, dtype):
-    """List of matrices of one shape -> the orthogonalized ones. Each process makes a share of them for all."""
+    """List of matrices of one shape -> the orthogonalized ones. Each process computes a share of them, all get all."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     share = math.ceil(len(matrices) / world)
@@ -116,10 +116,10 @@ def orthogonalize_batch(matrices, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): all its directions are learned equally.
+    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): the step is equally long in all directions.
 
-    The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so a learning rate means the same here
-    and there. A group's "parts" are the rows of the matrices that lie in one parameter, like q, k and v: each is a
+    The step is scaled to the size of AdamW's, 0.2 a weight (arXiv 2502.16982), so learning rates of both can be
+    compared. A group's "parts" are the rows of the matrices that lie in one parameter, like q, k and v: each is a
     matrix of its own. Matrices of one shape are orthogonalized together, with matmuls in `dtype`.
     """
 
@@ -129,15 +129,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        updates = []                    # [(parameter, what to learn, its group)]
-        same_shape = defaultdict(list)  # shape: [matrix, a view of what to learn]
+        updates = []                    # [(parameter, its update, its group)]
+        same_shape = defaultdict(list)  # {shape: matrices, views of the updates}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                # Nesterov: look ahead by the momentum that this gradient has just moved
+                # Nesterov: first the gradient goes into the momentum (a running mean), then a mix of both is the update
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])
@@ -147,7 +147,7 @@ class Muon(torch.optim.Optimizer):
                 for matrix in update.split(group["parts"] or [len(p)]):
                     same_shape[matrix.shape].append(matrix)
         for shape, matrices in same_shape.items():
-            # the results take the matrices' place in `updates`, of which they are views
+            # write each result into its matrix: a view, so this changes `updates`
             for matrix, result in zip(matrices, orthogonalize_batch(matrices, self.dtype)):
                 matrix.copy_(result)
                 matrix.mul_(0.2 * math.sqrt(max(shape)))
@@ -158,7 +158,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def parts_of(name, p, config):
-    """Return the rows of the matrices that lie in one parameter: q, k and v; gate and up; else one."""
+    """Return how many rows of a parameter belong to each of its matrices: q, k and v; gate and up; else all to one."""
     if name.endswith("qkv.weight"):
         kv = config.n_kv_heads * config.head_dim
         return (config.n_heads * config.head_dim, kv, kv)

@@ -26,13 +26,13 @@ from tokenizer import render_chat
 def rollout(model, prompts, cfg, tokenizer, seed, env, environment=None):
     """Answer each prompt (ids); return documents [(ids, mask)] with mask 1 on what the model says.
 
-    environment(text) -> reply: what a turn that calls a tool is told, or None where it calls none. The reply is read
-    and never learned, and the model goes on, up to cfg.turns turns:
+    environment(text) -> reply: the tool's answer to a turn that calls a tool, or None. The reply is read, not learned,
+    and the model goes on, up to cfg.turns turns:
 
         12+34=?  <tool_call>…</tool_call>  │ 46 │  46        ids: rows that call no tool are done, while others
         0000000  1111111111111111111111111  0000  11        mask    take their next turn
 
-    One temperature and no truncation: answers are samples of the very distribution that the log-probs speak of.
+    Temperature, but no top-k or top-p: answers are sampled from exactly the distribution of which we compute log-probs.
     """
     documents = [(list(prompt), [0] * len(prompt)) for prompt in prompts]
     going = list(range(len(prompts)))  # numbers of the rows that take a turn
@@ -187,14 +187,14 @@ def make_batch(documents, tokenizer, scorer, watcher, env):
         "ended": torch.tensor(ends, device=env.device).float(),
         "score": scorer(documents)}
     if watcher:
-        batch["watched"] = watcher(documents).nan_to_num(0.0)  # only looked at: it must not end the run
+        batch["watched"] = watcher(documents).nan_to_num(0.0)  # only for the log, so nan must not end the run
     return batch
 
 
 @torch.no_grad()
 def all_logps(model, batch, cfg, env):
     """Log-prob of each answer token under a model, (B, T), computed batch_size rows at a time."""
-    # by the same function, and in parts of the same size, as in the update: otherwise the first ratio would not be 1
+    # as the update does it, in parts of the same size: otherwise rounding would make the first ratio differ from 1
     parts = []
     for first in range(0, len(batch["ids"]), cfg.batch_size):
         part = {name: batch[name][first:first + cfg.batch_size] for name in ("ids", "targets", "mask")}
@@ -242,8 +242,8 @@ def summary(batch, env):
 
 
 def rescale_critic(critic, scores, cfg, env):
-    """Give the critic's values the mean and the deviation of the scores of all processes: in the units of a rule the
-    critic, a reward model until now, would have to learn far too long. A reward model's scores have them already."""
+    """Scale the critic's values to the mean and deviation of a rule's scores. The critic starts as a reward model,
+    whose scores have another scale, and would need long to learn the new one. With a reward model nothing is to do."""
     if not cfg.reward:
         return
     n, total, square = all_sum([len(scores), scores.sum(), (scores.double() ** 2).sum()], env)

@@ -3,7 +3,7 @@ A language model from nothing, through three stages, with torch alone: pretraini
 
     python learn/tiny.py
 
-This is all; the rest of the project is speed and care. In model.py its weights give the same logits.
+model.py gives the same logits with these weights; what it adds is speed and more kinds of models.
 B batch, T time, C channels, H heads, D channels a head, V characters.
 """
 import math
@@ -16,7 +16,7 @@ C = 128          # numbers that describe a token inside the model
 H = 4            # attention heads
 D = C // H
 LAYERS = 1
-HIDDEN = 320     # width of the feed-forward layer
+HIDDEN = 320     # width of the feed-forward layer, between its two matmuls
 END = "\n"       # stands between poems, and ends an answer
 ASK = "："       # ends a question; no poem contains it
 
@@ -48,7 +48,7 @@ def make_weights():
     return {name: tensor.requires_grad_() for name, tensor in W.items()}
 
 
-def norm(x, weight):
+def norm(x, weight):  # RMSNorm: scale each token's vector to a mean square of 1
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
 
@@ -91,7 +91,7 @@ def token_logps(W, rows):
 
 @torch.no_grad()
 def sample(W, rows, n_new, temperature=1.0):
-    """rows (B, T) -> (B, T + n_new): draw the next character, append it, and again. 0: take the likeliest."""
+    """rows (B, T) -> (B, T + n_new): draw the next character, append it, repeat. temperature 0: take the likeliest."""
     for _ in range(n_new):
         logits = forward(W, rows)[:, -1]                                           # (B, V)
         new = logits.argmax(-1, keepdim=True)
@@ -102,14 +102,14 @@ def sample(W, rows, n_new, temperature=1.0):
 
 
 def train(W, batch_loss, peak, steps):
-    """The loop of every stage: loss, gradient, clip, step. batch_loss() returns a loss and what to print."""
+    """The loop of every stage: loss, gradient, clip, step. batch_loss() returns a loss and a text to print."""
     optimizer = torch.optim.AdamW(W.values(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         # the learning rate rises, stays, and falls to 0
         optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
-        loss, words = batch_loss()
+        loss, text = batch_loss()
         if step % math.ceil(steps / 4) == 0 or step == steps - 1:
-            print(f"  第 {step:3d} 步  {words}", flush=True)
+            print(f"  第 {step:3d} 步  {text}", flush=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(W.values(), 1.0)
         optimizer.step()
@@ -123,7 +123,7 @@ def pretrain(W, steps=360):
     def batch_loss():
         starts = torch.randint(len(tokens) - 32, (16,))
         rows = torch.stack([tokens[i:i + 33] for i in starts])                     # (16, 33)
-        loss = -token_logps(W, rows).mean()                  # the mean surprise, in nats
+        loss = -token_logps(W, rows).mean()                  # mean of -log p(next character), in nats
         with torch.no_grad():
             return loss, f"损失 {loss:.2f}  没学过的诗 {-token_logps(W, unseen).mean():.2f}"
     train(W, batch_loss, 5e-3, steps)
@@ -137,9 +137,9 @@ def questions_and_answers(poems):
 
 
 def answer_mask(rows):
-    """1 where the target rows[:, 1:] belongs to the answer: behind ASK, up to and with the first END; (B, T)."""
-    asked = (rows == ID[ASK]).cumsum(1)[:, :-1] > 0
-    ended = (rows == ID[END]).cumsum(1)[:, :-1] > 0          # an END stands before this place
+    """(B, T): 1 where a target, rows[:, 1:], is part of the answer: after ASK, up to the first END, END included."""
+    asked = (rows == ID[ASK]).cumsum(1)[:, :-1] > 0          # ASK stands before the target
+    ended = (rows == ID[END]).cumsum(1)[:, :-1] > 0          # an END stands before it
     return (asked & ~ended).float()
 
 
@@ -167,12 +167,12 @@ def grpo(W, data, steps=80, kl_coef=0.02):
         rows = sample(W, questions.repeat_interleave(8, 0), 8)                     # (128, 14): 8 answers each
         rewards = torch.tensor([reward(decode(row[6:])) for row in rows.tolist()])
         groups = rewards.view(16, 8)
-        # better than the mean of its group: become likelier; worse: less likely
+        # an answer better than the mean of its group shall become likelier, a worse one less likely
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         logps = token_logps(W, rows)                                               # (128, 13)
-        lead = (logps - token_logps(reference, rows)).detach()   # log(model / reference): do not go far from it
+        kl = (logps - token_logps(reference, rows)).detach()     # log(model / reference): its mean is the KL
         mask = answer_mask(rows)
-        loss = -(advantages.view(-1, 1) - kl_coef * lead) * logps
+        loss = -(advantages.view(-1, 1) - kl_coef * kl) * logps  # the KL is a penalty on the reward
         return (loss * mask).sum() / mask.sum(), f"平均奖励 {rewards.mean():.2f}"
     train(W, batch_loss, 2e-3, steps)
 

@@ -113,7 +113,7 @@ def test_line_counts_and_line_numbers(readme):
     for was, now in zip(text.split("\n"), with_todays_numbers(text).split("\n"), strict=True):
         if was != now:
             wrong.append(now[:60])
-    assert not wrong, f"other numbers today (python tests/test_readme.py --fix): {wrong}"
+    assert not wrong, f"other numbers today (python tests/hard/test_readme.py --fix): {wrong}"
     assert "#L0)" not in text, "a link to a function or class that is not there"
 
 
