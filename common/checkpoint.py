@@ -35,7 +35,7 @@ from tokenizer import load_tokenizer
 
 def own(cfg, env, base=""):
     """Make this the only process that writes to cfg.out_dir, which must not be the run that it starts from (base).
-    The lock goes with the process, however it ends."""
+    The lock is released when the process ends, in whatever way."""
     folder = base if os.path.isdir(base) else os.path.dirname(base)
     check(not base or os.path.realpath(folder) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run "
           "that this one starts from, and would be overwritten. Choose another --out_dir")
@@ -88,7 +88,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     total = all_sum([step], env)[0]
     check(total == step * env.world, f"rank {env.rank} finds step {step} in {path}, others find another: out_dir must "
           "be one folder that all machines share")
-    # what the log says of later steps goes, as they will be done again
+    # cut log lines of later steps off, as these steps will be done again
     lines = log_lines(cfg)
     n_kept = checkpoint.get("log", len(lines)) if checkpoint else 0
     if env.is_main and len(lines) > n_kept:
@@ -108,7 +108,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     if env.is_main:
         changes = {key: value for key, value in now.items() if then.get(key) != value}
         if checkpoint.get("data") != data_size(cfg):
-            changes["the data itself"] = "prepared anew"  # rows come in another order from here on
+            changes["the data itself"] = "prepared anew"  # so the rows come in another order from now on
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {changes or 'none'}")
         if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
@@ -143,7 +143,7 @@ def restore(checkpoint, model, optimizers, env):
         check(not is_shard(next(model.parameters())), "this run was saved whole: go on without --shard")
         model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # averages are the checkpoint's; rates, decay and momentum are what the settings say now
+            # running averages come from the checkpoint; learning rate, decay and momentum from today's settings
             state["param_groups"] = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32

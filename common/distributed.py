@@ -57,7 +57,7 @@ def start(cfg, dtype="", announce=True):
         index = int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        # cuDNN's attention makes a plan for each new shape, a stall: it is for stages whose rows are all seq_len long
+        # cuDNN's attention needs time to plan for each new shape: use it only where all rows have seq_len tokens
         torch.backends.cuda.enable_cudnn_sdp(hasattr(cfg, "seq_len"))
     if device.type == "cpu":
         keep_memory()
@@ -69,7 +69,7 @@ def start(cfg, dtype="", announce=True):
             dist.init_process_group("gloo")
     dtypes = [choose_dtype(dtype, device)]
     if world > 1:
-        dist.broadcast_object_list(dtypes)  # rank 0's: two measurements of one machine can differ
+        dist.broadcast_object_list(dtypes)  # all take rank 0's, as each may have measured otherwise
     torch.manual_seed(cfg.seed)
     env = Env(rank, world, device, dtypes[0])
     if env.is_main and announce:
@@ -126,8 +126,8 @@ def bf16_is_fast():
 
 
 def keep_memory():
-    """Have glibc keep freed memory for what comes next. To fetch it from the kernel again, page by page, would take a
-    seventh of a training step on a CPU."""
+    """Make glibc keep freed memory and use it again. To give it back to the kernel and to get it again, page by page,
+    takes a seventh of a training step on a CPU."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         # M_MMAP_THRESHOLD first: where it is refused, setting M_TRIM_THRESHOLD would only freeze it at a low value
@@ -141,14 +141,14 @@ def can_compile(env):
     triton = env.device.type == "cpu" or torch.utils._triton.has_triton()
     if (not compiler or not triton) and env.is_main:
         print(f"note: {'Triton' if compiler else 'a C++ compiler'} is missing, so the model runs uncompiled (slower)")
-    # blocks are compiled one by one, so gradients travel while earlier blocks compute anyway; DDP need not cut them
+    # blocks are compiled one by one, so DDP can send gradients of one while another computes: it need not cut them
     torch._dynamo.config.optimize_ddp = False
     return bool(compiler and triton and env.device.type != "mps")
 
 
 def check_finite(norm, cfg, env):
     """Exit where the gradient's norm is not finite, before it reaches the weights, and so before anything is saved.
-    Under fp16 the scaler has only made it too large: the step is left out, and the scaler tries a smaller scale."""
+    In fp16 it may be the scaler that made it too large: then this step is left out, and the next scale is smaller."""
     check(math.isfinite(norm) or env.scaler.is_enabled(), f"the gradient's norm is {norm}. {cfg.out_dir}/ckpt.pt is "
           f"the last good checkpoint, if it is there; lower --lr (now {cfg.lr}) or raise --warmup_steps")
 
@@ -176,9 +176,9 @@ def micro_steps(grad_accum, env):
 
 
 def batch_starts(n, batch_size, env, pad=False):
-    """Return where this rank's batches begin, of n rows that the processes measure together, batch by batch.
+    """Return the first row of each batch that this rank evaluates; the n rows are divided among the processes.
 
-    pad: the same number of batches on every rank. A model in shards computes only if all ranks call it.
+    pad: the same number of batches on every rank, as a model in shards computes only if all ranks call it.
     """
     stride = env.world * batch_size
     if pad:

@@ -161,8 +161,8 @@ CASES = {
         "test_k3_by_hand", ((grpo, "k3", no_divergence), (common.rollout, "k3", no_divergence)),
         both=dict(kl_coef=0.1)),
     "not_centred": Case(
-        "优势没有减去一组的平均，而裁判人人先给 5 分", "grpo", "score", moon_reward, "抽样回答的平均奖励",
-        "规则不变，只是人人多给 5 分：优势全是正的，抽到什么就推高什么，好坏的差别淹没在里面，奖励不涨",
+        "优势没有减去一组的平均，而规则给每个回答都加了 5 分", "grpo", "score", moon_reward, "抽样回答的平均奖励",
+        "规则不变，只是每个回答多给 5 分：优势全是正的，抽到什么就推高什么，好坏的差别很小。奖励升得慢，还忽高忽低",
         "test_group_advantages_by_hand", ((grpo, "group_advantages", raw_rewards),),
         both=dict(reward="learn/small.py:generous")),
     "dpo_no_reference": Case(
