@@ -140,7 +140,7 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
     elif cfg.loss == "orpo":         # arXiv 2403.07691, eq. 6 and 7: odds = p / (1 - p)
         log_odds = lead - log1mexp(chosen_gain) + log1mexp(rejected_gain)
         losses = -chosen_gain - cfg.beta * F.logsigmoid(log_odds)
-    # the lead also grows when both answers become less likely, the worse one faster: this term prevents it
+    # the lead also grows when both answers become less likely, the worse one faster: this term works against it
     losses = losses - cfg.nll_weight * chosen / len_chosen
     return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 

@@ -58,7 +58,7 @@ class Config:
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float
     reward_from: str = ""                   # or a run of reward.py
     teacher: str = ""                       # or a run that judges each token (on-policy distillation)
-    watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
+    watch: str = ""                         # FILE.py:FUNCTION whose mean is logged, without training on it
     no_eos_penalty: NonNegative = 0.5       # taken off the score of an answer that was cut; a teacher gives no score
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
     # adapters (common/lora.py)
@@ -73,8 +73,8 @@ class Config:
     batch_size: Count = 16                  # prompts in a micro-step
     grad_accum: Count = 1                   # micro-steps in a step, all processes together
     max_new_tokens: Count = 96              # of a turn
-    environment: str = ""                   # FILE.py:FUNCTION(text) -> what a turn that calls a tool is told, or None
-    turns: Count = 4                        # the model's, at most, with an environment
+    environment: str = ""                   # FILE.py:FUNCTION(text) -> a tool's reply to the text, or None
+    turns: Count = 4                        # with an environment: how often the model may speak
     temperature: Positive = 1.0
     # update
     max_steps: Count = 100
@@ -290,7 +290,7 @@ def main(cfg):
             # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)
             for part in parts:
-                b = {name: tensor[part] for name, tensor in batch.items()}         # (rows, T) or (rows)
+                b = {name: tensor[part] for name, tensor in batch.items()}         # its rows: (rows, T) or (rows)
                 net.require_backward_grad_sync = part is parts[-1]  # processes average in the last part alone
                 with env.autocast():
                     hidden = net(b["ids"])                                         # (rows, T, C)

@@ -53,7 +53,7 @@ class Config:
     resume: bool = True                     # go on from out_dir/ckpt.pt when it is there
     # reward
     reward: str = ""                        # FILE.py:FUNCTION(prompt, answer) -> float, instead of the reward model
-    watch: str = ""                         # FILE.py:FUNCTION to follow in the log without training on it
+    watch: str = ""                         # FILE.py:FUNCTION whose mean is logged, without training on it
     no_eos_penalty: NonNegative = 2.0       # taken off the score of an answer that was cut at max_new_tokens
     kl_coef: NonNegative = 0.1              # penalty per nat of distance from the reference
     # adapters of the actor (common/lora.py)
@@ -61,8 +61,8 @@ class Config:
     lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
     lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
     # advantages
-    gamma: Share = 1.0
-    lam: Share = 0.95
+    gamma: Share = 1.0                      # discount of later rewards; 1: none
+    lam: Share = 0.95                       # 0: trust the critic's next value; 1: the rewards that came
     # batch: grad_accum * batch_size prompts a step, each answered once
     batch_size: Count = 64                  # prompts in a micro-step
     grad_accum: Count = 1                   # micro-steps in a step, all processes together
@@ -282,7 +282,7 @@ def main(cfg):
             # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)
             for part in parts:
-                b = {name: tensor[part] for name, tensor in batch.items()}         # (rows, T) or (rows)
+                b = {name: tensor[part] for name, tensor in batch.items()}         # its rows: (rows, T) or (rows)
                 actor_net.require_backward_grad_sync = part is parts[-1]  # average in the last part alone
                 critic_net.require_backward_grad_sync = part is parts[-1]
 

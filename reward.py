@@ -110,7 +110,7 @@ def ranking_loss(scores, sizes, centre=0.0):
 
 
 def pair_stats(scores, sizes):
-    """Return (3): pairs in the right order, the sum of leads r_chosen - r_rejected, pairs."""
+    """Return three numbers (3): pairs in the right order, the sum of r_chosen - r_rejected, pairs."""
     chosen, rejected, _ = ranked_pairs(sizes, scores.device)
     lead = (scores[chosen] - scores[rejected]).detach()
     return torch.stack([

@@ -129,7 +129,8 @@ def filter_logits(logits, seen, temperature, top_k, top_p, min_p, repetition_pen
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1.0:
-        # keep the fewest tokens whose probabilities reach top_p (Holtzman et al. 2020)
+        # keep the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020): from the least likely on,
+        # drop tokens while the sum of what is dropped stays within 1 - top_p. The likeliest always stays
         ordered, index = logits.sort(descending=False)
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         drop[:, -1] = False

@@ -226,17 +226,17 @@ def summary(batch, env):
     """Return means over the answers of all processes: score, KL from the reference in nats per answer, length, share
     that ended, and entropy (nats per token, estimated by -log p of what was sampled)."""
     log_ratio = (batch["logps"] - batch["ref_logps"]) * batch["mask"]
-    rows = {
+    per_answer = {
         "score": batch["score"],
         "kl": log_ratio.sum(1),
         "length": batch["mask"].sum(1),
         "eos_share": batch["ended"],
         "entropy": -batch["logps"].sum(1)}
     if "watched" in batch:
-        rows["watched"] = batch["watched"]
-    totals = [values.sum() for values in rows.values()]
+        per_answer["watched"] = batch["watched"]
+    totals = [values.sum() for values in per_answer.values()]
     n, *sums = all_sum([len(log_ratio), *totals], env)
-    means = {name: total / max(n, 1) for name, total in zip(rows, sums)}
+    means = {name: total / max(n, 1) for name, total in zip(per_answer, sums)}
     means["entropy"] /= max(means["length"], 1e-8)
     return means
 
@@ -290,8 +290,8 @@ def check_minibatches(minibatches, size):
 
 
 def minibatch_rows(cfg, size, step, epoch, minibatch, micro):
-    """Return the rows (of this process's batch, `size` answers a micro-step) of a minibatch: of each micro-step the same
-    share, in an order drawn from (seed, step, epoch, micro_step), whichever process holds it."""
+    """Return the numbers of a minibatch's rows in this process's batch, which holds `size` answers per micro-step. Each
+    micro-step gives an equal share, in a random order that depends on (seed, step, epoch, micro_step) alone."""
     rows = []
     for place, i in enumerate(micro):
         order = np.random.default_rng([cfg.seed, step, epoch, i]).permutation(size)
