@@ -2,7 +2,7 @@
 Supervised fine-tuning: learn to answer, by continuing text in which only the assistant's words count.
 
     python sft.py config/poems_sft.py
-    python sft.py config/poems_sft.py --lora_rank=8 --optimizer=adamw --lr=1e-3 --out_dir=out/poems-lora
+    python sft.py config/poems_sft.py --lora_rank=32 --lora_alpha=32 --optimizer=adamw --lr=3e-3 --out_dir=out/lora
     python sft.py config/poems_sft.py --teacher=out/big --out_dir=out/poems-distilled
     torchrun --standalone --nproc_per_node=4 sft.py config/poems_sft.py --grad_accum=4
 

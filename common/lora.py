@@ -1,8 +1,8 @@
 """
 LoRA (Hu et al. 2021): freeze the weights, learn a product of two thin matrices beside some of them.
 
-    python sft.py config/poems_sft.py --lora_rank=8 --out_dir=out/poems-lora          # trains adapters
-    python -m tools.export out/poems-lora --to=merged --out=out/poems-merged          # a checkpoint like any other
+    python sft.py config/poems_sft.py --lora_rank=32 --lora_alpha=32 --optimizer=adamw --lr=3e-3 --out_dir=out/lora
+    python -m tools.export out/lora --to=merged --out=out/merged                # a checkpoint like any other
 
 The run's ckpt.pt holds the adapters and names its base; checkpoint.load_model adds the two.
 
