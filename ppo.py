@@ -330,7 +330,7 @@ def main(cfg):
         record.update(first_ratio_error=first_ratio_error, lr=lr, generate_share=generate_share, seconds=seconds)
         measure = step == cfg.max_steps or step % cfg.eval_every == 0
         if measure:
-            # where the score and val_kl both rise fast, the reward model may be fooled: read the answers
+            # where the score and val_kl both rise fast, the reward model may be fooled: read the answers it prints
             record.update(evaluate(actor, reference, val, scorer, watcher, tokenizer, cfg, env))
         log(cfg, env, step, record)
         if measure:

@@ -277,7 +277,19 @@ def evaluate(model, reference, split, scorer, watcher, tokenizer, cfg, env, envi
     batch = make_batch(documents, tokenizer, scorer, watcher, env)
     batch["logps"] = all_logps(model, batch, cfg, env)
     batch["ref_logps"] = all_logps(reference, batch, cfg, env)
+    if env.is_main:
+        print_answers(documents[:3], batch["score"], tokenizer)
     return {f"val_{name}": value for name, value in summary(batch, env).items()}
+
+
+def print_answers(documents, scores, tokenizer):
+    """Print some prompts and answers with their scores. No number shows how a reward is fooled; the answers do."""
+    for (ids, mask), score in zip(documents, scores.tolist()):
+        texts = []
+        for part in (ids[:mask.index(1)], ids[mask.index(1):]):
+            words = tokenizer.decode(part, skip_special=True).split()
+            texts.append(" ".join(words))  # on one line
+        print(f"score {score:+.3f} | {texts[0]} | {texts[1]}", flush=True)
 
 
 # ---------------------------------------------------------------------------- minibatches

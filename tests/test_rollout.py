@@ -11,7 +11,8 @@ import grpo
 from common.data import Split, pad, shift
 from common.generate import generate
 from common.loss import token_logps
-from common.rollout import function_scorer, k3, minibatch_rows, rollout, step_prompts, summary
+from common.rollout import function_scorer, k3, minibatch_rows, print_answers, rollout, step_prompts, summary
+from tokenizer import render_chat
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [9, 8, 7, 6], [2]]
 
@@ -30,6 +31,15 @@ def test_summary_by_hand():
     batch = {"logps": -mask, "ref_logps": -1.5 * mask, "mask": mask, "score": torch.tensor([2.0, 4.0]),
              "ended": torch.tensor([1.0, 0.0])}
     assert summary(batch, CPU) == {"score": 3.0, "kl": 1.0, "length": 2.0, "eos_share": 0.5, "entropy": 1.0}
+
+
+def test_answers_are_shown_with_their_scores(place, capsys):
+    """A line each: score, prompt, answer; what stands on several lines is put on one."""
+    _, tok = place
+    prompt, _ = render_chat(tok, [{"role": "user", "content": "床前"}], add_generation_prompt=True)
+    answer = [*tok.encode("明月光\n低头"), tok.im_end_id]
+    print_answers([(prompt + answer, [0] * len(prompt) + [1] * len(answer))], torch.tensor([-0.25]), tok)
+    assert capsys.readouterr().out == "score -0.250 | user 床前 assistant | 明月光 低头\n"
 
 
 def test_every_epoch_visits_every_answer_once():
