@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
-from common.data import get_prompts, mixed_rows, open_mixed, open_pairs, shuffled
+from common.data import get_prompts, open_pairs, shuffled
 from common.distributed import all_sum, batch_starts, check_finite, micro_steps, start
 from common.lora import start_lora
-from common.loss import answer_logps, token_logps
+from common.loss import answer_logps
+from common.mixed import learn_mixed, open_mixed
 from common.optim import lr_at, make_adamw, set_lr
 from configurator import Count, NonNegative, Positive, Share, Whole, run
 
@@ -252,12 +253,7 @@ def main(cfg):
 
         # conversations mixed in come first: their gradients stay in p.grad, and those of the pairs are added
         if cfg.ptx_coef:
-            x, y, weights = mixed_rows(ptx, step, cfg.ptx_rows, cfg.seed, pad_id, env)
-            net.require_backward_grad_sync = False
-            with env.autocast():
-                ptx_logps = token_logps(net(x), model.head_weight, y, weights)
-            ptx_loss = -(weights * ptx_logps).sum()
-            env.scaler.scale(cfg.ptx_coef * ptx_loss * env.world).backward()
+            learn_mixed(net, model, ptx, step, cfg, pad_id, env)
 
         # gradients of all micro-steps add up in p.grad; with several processes each computes its share of them
         sums = {}

@@ -32,10 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, log, own, restore, save
-from common.data import mixed_rows, open_data, open_mixed
+from common.data import open_data
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import share_weights, start_lora
 from common.loss import token_logps
+from common.mixed import learn_mixed, open_mixed
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, check_minibatches, check_prompts, evaluate, function_scorer, k3, load_function
 from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rollout, step_prompts
@@ -279,13 +280,7 @@ def main(cfg):
             # text or conversations that the model should not forget: their gradients stay in p.grad
             if cfg.ptx_coef:
                 number = step * cfg.ppo_epochs * cfg.minibatches + update
-                x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
-                net.require_backward_grad_sync = False
-                with env.autocast():
-                    ptx_logps = token_logps(net(x), model.head_weight, y, weights)
-                ptx_loss = -(weights * ptx_logps).sum()
-                (cfg.ptx_coef * ptx_loss * env.world).backward()
-                stats["ptx_loss"] += ptx_loss.item() * env.world
+                stats["ptx_loss"] += learn_mixed(net, model, ptx, number, cfg, tokenizer.pad_id, env)
 
             # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)

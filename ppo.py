@@ -28,10 +28,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import catch_signals, find, finish, load_model, load_reward_model
 from common.checkpoint import log, own, restore, save
-from common.data import mixed_rows, open_data, open_mixed
+from common.data import open_data
 from common.distributed import all_sum, check_finite, micro_steps, start
 from common.lora import share_weights, start_lora
 from common.loss import last_learned, token_logps
+from common.mixed import learn_mixed, open_mixed
 from common.optim import lr_at, make_adamw, set_lr
 from common.rollout import all_logps, all_values, check_minibatches, check_prompts, evaluate, function_scorer, k3
 from common.rollout import make_batch, make_scorer, minibatch_rows, must_stop, rescale_critic, rollout, step_prompts
@@ -271,13 +272,7 @@ def main(cfg):
             # text or conversations that the model should not forget: their gradients stay in p.grad
             if cfg.ptx_coef and learning:
                 number = step * cfg.ppo_epochs * cfg.minibatches + update
-                x, y, weights = mixed_rows(ptx, number, cfg.ptx_rows, cfg.seed, tokenizer.pad_id, env)
-                actor_net.require_backward_grad_sync = False
-                with env.autocast():
-                    ptx_logps = token_logps(actor_net(x), actor.head_weight, y, weights)
-                ptx_loss = -(weights * ptx_logps).sum()
-                (cfg.ptx_coef * ptx_loss * env.world).backward()
-                stats["ptx_loss"] += ptx_loss.item() * env.world
+                stats["ptx_loss"] += learn_mixed(actor_net, actor, ptx, number, cfg, tokenizer.pad_id, env)
 
             # a minibatch, in parts that fit into memory; their gradients add up, too
             parts = rows.split(cfg.batch_size)

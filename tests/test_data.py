@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import Split, get_prompts, mixed_rows, pad, shift, shuffled
+from common.data import Split, get_prompts, pad, shift, shuffled
+from common.mixed import mixed_rows
 from common.distributed import Env
 
 

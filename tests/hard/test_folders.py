@@ -10,7 +10,8 @@ import pytest
 from small_runs import CPU, make_run, refused, run, settings, write_folder, write_pairs
 from small_runs import ranked_answers
 
-from common.data import open_data, open_mixed
+from common.data import open_data
+from common.mixed import open_mixed
 
 
 @pytest.fixture

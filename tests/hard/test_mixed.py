@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from small_runs import conversation, flat_gradient, gradient, mean_nll, run, settings, spy
 
+import common.mixed
 import dpo
 import grpo
 import ppo
 from common.checkpoint import load_model
-from common.data import PIECE, open_data, shuffled
+from common.data import open_data, shuffled
+from common.mixed import PIECE
 from tokenizer import render_chat
 
 ONE_UPDATE = dict(ppo_epochs=1, minibatches=1)
@@ -40,7 +42,7 @@ def test_rows_mixed_in_add_their_loss(place, tmp_path, stage, kind):
 
 @pytest.mark.parametrize("stage", [ppo, grpo, dpo])
 def test_every_update_mixes_in_the_next_rows(place, tmp_path, monkeypatch, stage):
-    calls = spy(monkeypatch, stage, "mixed_rows")
+    calls = spy(monkeypatch, common.mixed, "mixed_rows")
     changes = dict(ppo_epochs=3, minibatches=2) if stage is not dpo else {}
     run(settings(place[0], stage.STAGE, str(tmp_path), max_steps=2, ptx_dir="text,talks", ptx_coef=0.5, **changes))
     assert [args[1] for args, _ in calls] == list(range(2 if stage is dpo else 12))
