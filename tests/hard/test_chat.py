@@ -32,6 +32,15 @@ def test_program_writes_samples_only(base):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "春夜" + tok.decode([i for i in ids if i not in stops]) + "\n"
     assert f"{os.path.join('out', 'new')}: pretrain, step 1" in done.stderr and "--out_dir=" in done.stderr
+    # the same text from a pipe, as the note of a run without any text says
+    said = []
+    for words in ([], ["--start=FILE:/dev/stdin"]):
+        piped = subprocess.run([sys.executable, f"{ROOT}/sample.py", *words, "--max_new_tokens=12", "--temperature=0",
+                                "--device=cpu"], cwd=root, capture_output=True, encoding="utf-8", input="春夜")
+        assert piped.returncode == 0, piped.stderr
+        said.append(piped)
+    assert "what is piped in is not read. To read it: --start=FILE:/dev/stdin" in said[0].stderr
+    assert said[1].stdout == done.stdout and "piped" not in said[1].stderr
 
 
 @pytest.mark.parametrize("word", [
