@@ -100,8 +100,8 @@ def evaluate(runs, cfg, env):
         trained, own, checkpoint = load_model(run, env.device)
         if checkpoint["stage"] in ("pretrain", "sft"):
             continue
-        check(own.fingerprint == tokenizer.fingerprint, f"{run} was trained with another tokenizer than {cfg.reference}: "
-              "leave it out of --runs")
+        check(own.fingerprint == tokenizer.fingerprint, f"{run} was trained with another tokenizer than "
+              f"{cfg.reference}: leave it out of --runs")
         answers, documents, seconds = answers_of(trained, tokenizer, poems, cfg.samples, judge, cfg, env)
         record = summarise(answers, 1)
         ours = logps_of(trained, documents, tokenizer.pad_id, env, cfg.temperature)

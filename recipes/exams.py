@@ -39,8 +39,8 @@ def note_cut(n_tokens, model):
     """Say how many of the texts of so many tokens lose their beginning in logps_of()."""
     n_cut = sum(n > model.trained_len + 1 for n in n_tokens)
     if n_cut:
-        print(f"note: {n_cut:,} of {len(n_tokens):,} texts are longer than the {model.trained_len} tokens that the model "
-              "was trained on, and lose their beginning", file=sys.stderr)
+        print(f"note: {n_cut:,} of {len(n_tokens):,} texts are longer than the {model.trained_len} tokens that the "
+              "model was trained on, and lose their beginning", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- minimal pairs

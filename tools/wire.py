@@ -21,8 +21,8 @@ HARMLESS_IN_MESSAGES = {"annotations", "id", "reasoning", "reasoning_content", "
 # fields by which other servers change an answer, though their values are texts or objects
 CONSTRAINTS = {
     "logit_bias", "suffix", "grammar", "json_schema", "structured_outputs", "structural_tag", "regex", "ebnf", "format",
-    "functions", "function_call", "prediction", "chat_template", "audio", "thinking", "system", "instructions", "prompt",
-    "input", "stop_sequence"}
+    "functions", "function_call", "prediction", "chat_template", "audio", "thinking", "system", "instructions",
+    "prompt", "input", "stop_sequence"}
 # values of settings elsewhere that change nothing
 NEUTRAL = {"typical_p": 1, "tfs_z": 1, "best_of": 1, "length_penalty": 1, "num_beams": 1, "do_sample": True,
            "add_generation_prompt": True, "skip_special_tokens": True, "add_special_tokens": True,
