@@ -305,13 +305,14 @@ def texts_of_tools():
         "type": "object", "required": ["城", 1], "properties": {"z": {"at": 0.5, "min": None, "x": True}, "a": {}}}}}
     call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城": "京", "n": [1, 2.5, None, {}]}}}
     as_text = {"id": "2", "type": "function", "function": {"name": "g", "arguments": '{"a": "\\n"}'}}
-    otherwise = {"function": {"name": "g", "parameters": {"a": 1}}}
+    calls = [call, as_text, {"function": {"name": "g", "parameters": {"a": 1}}}]
     parts = [{"type": "text", "text": "北京"}, "天气？"]
-    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call, as_text, otherwise]},
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": calls},
             {"role": "tool", "content": {"天": "晴"}}, {"role": "assistant", "content": "好。", "tool_calls": [as_text]},
             {"role": "tool", "content": "3"}, {"role": "assistant", "content": "晴天。"}]
-    turns = [{"role": "user", "content": "北京天气？"}, {"role": "assistant", "content": call_tools([call, as_text, otherwise])},
-             {"role": "tool", "content": '{"天": "晴"}'}, {"role": "assistant", "content": "好。\n" + call_tools([as_text])}, *talk[4:]]
+    turns = [{"role": "user", "content": "北京天气？"}, {"role": "assistant", "content": call_tools(calls)},
+             {"role": "tool", "content": '{"天": "晴"}'},
+             {"role": "assistant", "content": "好。\n" + call_tools([as_text])}, *talk[4:]]
     for tools in (None, [], [spec], [spec, {"name": "g"}]):
         offer = [list_tools(tools)] if tools else []
         for system in ([], [""], ["你是助手"]):
