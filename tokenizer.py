@@ -212,7 +212,8 @@ def load_tokenizer(path):
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.model")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no tokenizer at {path}: name it, or the folder that holds it")
+        raise FileNotFoundError(f"no tokenizer at {path}: name it, or the folder that holds it; a run's is that of its "
+                                "data folder, copied")
     with open(path, "rb") as f:
         data = f.read()
     settings = {}

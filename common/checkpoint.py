@@ -249,7 +249,8 @@ def load_model(path, device="cpu"):
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
     check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
-          f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}")
+          f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}. "
+          f"Copy that of its data there ({checkpoint.get('config', {}).get('data_dir') or 'data/NAME'}/tokenizer.model)")
     weights = checkpoint["model"]
     if checkpoint.get("lora"):
         weights = with_base(checkpoint, folder)

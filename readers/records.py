@@ -72,10 +72,11 @@ def records_of(path):
 
 
 def read_text(path):
-    """Return the whole text of a file, in whatever encoding. Exits where it is none."""
+    """Return the whole text of a file, in whatever encoding, packed or not. Exits where it is none."""
+    unpack = UNPACKERS.get(os.path.splitext(path.lower())[1])
     try:
         with open(path, "rb") as raw:
-            f = open_text(raw)
+            f = open_text(unpack(raw) if unpack else raw)
             text = "".join(repair(line, f.encoding) for line in f)
             return text.replace("\r\n", "\n").replace("\r", "\n")
     except Skip as skip:

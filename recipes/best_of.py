@@ -97,9 +97,11 @@ def evaluate(runs, cfg, env):
         n *= 2
     # as many answers of each trained run, so that all means are equally sure; each title counts once
     for run in runs:
-        trained, _, checkpoint = load_model(run, env.device)
+        trained, own, checkpoint = load_model(run, env.device)
         if checkpoint["stage"] in ("pretrain", "sft"):
             continue
+        check(own.fingerprint == tokenizer.fingerprint, f"{run} was trained with another tokenizer than "
+              f"{cfg.reference}: leave it out of --runs")
         answers, documents, seconds = answers_of(trained, tokenizer, poems, cfg.samples, judge, cfg, env)
         record = summarise(answers, 1)
         ours = logps_of(trained, documents, tokenizer.pad_id, env, cfg.temperature)

@@ -11,6 +11,7 @@ in: the csv files of the exam, C-Eval: dev/<subject>_dev.csv, val/<subject>_val.
 """
 import glob
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,14 @@ def logps_of(model, documents, pad_id, env):
     return answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env)
 
 
+def note_cut(n_tokens, model):
+    """Say how many of the texts of so many tokens lose their beginning in logps_of()."""
+    n_cut = sum(n > model.trained_len + 1 for n in n_tokens)
+    if n_cut:
+        print(f"note: {n_cut:,} of {len(n_tokens):,} texts are longer than the {model.trained_len} tokens that the "
+              "model was trained on, and lose their beginning", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------- minimal pairs
 
 
@@ -44,8 +53,10 @@ def read_pairs(path):
     for number, record in enumerate(records_of(path), 1):
         known = isinstance(record, dict) and {"sentence_good", "sentence_bad"} <= record.keys()
         check(known, f"{path}, record {number}: no sentence_good or no sentence_bad")
-        good.append(record["sentence_good"])
-        bad.append(record["sentence_bad"])
+        for name, sentences in (("sentence_good", good), ("sentence_bad", bad)):
+            text = record[name]
+            check(isinstance(text, str) and text, f"{path}, record {number}: {name} is {text!r}, wanted a text")
+            sentences.append(text)
     return good, bad
 
 
@@ -58,14 +69,17 @@ def minimal_pairs(model, tokenizer, cfg, env):
     everything = []
     equal_length = []
     each = {}
+    n_tokens = []
+    opening = tokenizer.start_ids or [tokenizer.eot_id]
     for path in files:
         good, bad = read_pairs(path)
         documents = []
         for sentence in good + bad:
-            # after the token that begins every document, so that the first word counts, too
+            # after what begins every document, so that the first word counts, too
             ids = tokenizer.encode(sentence)
-            mask = [0] + [1] * len(ids)
-            documents.append(([tokenizer.eot_id] + ids, mask))
+            mask = [0] * len(opening) + [1] * len(ids)
+            documents.append((opening + ids, mask))
+            n_tokens.append(len(mask))
         logps, lengths = logps_of(model, documents, tokenizer.pad_id, env)             # (2n), (2n)
         # log p falls with every token, log p / tokens makes long sentences look good; the root stands between
         scores = logps / lengths ** 0.5
@@ -75,6 +89,7 @@ def minimal_pairs(model, tokenizer, cfg, env):
         equal_length += hits[lengths[:n] == lengths[n:]].tolist()
         name = os.path.basename(path).removesuffix(".jsonl")
         each[name] = hits.tolist()
+    note_cut(n_tokens, model)
     result = {"all pairs (chance 50%)": everything, "pairs of equal length": equal_length}
     if len(files) > 1:
         result.update(each)
@@ -274,6 +289,7 @@ def exam(model, tokenizer, cfg, env):
     """The likeliest of the letters A to D after each question; over all subjects, and for each."""
     everything = []
     each = {}
+    n_tokens = []
     subjects = questions(cfg.what, cfg.input, cfg.shots)
     for subject, asked in tqdm(subjects.items(), unit="subject", disable=None):
         documents = []
@@ -284,9 +300,11 @@ def exam(model, tokenizer, cfg, env):
                 ids = tokenizer.encode(f"{question.text} {letter}")
                 mask = [0] * n_text + [1] * (len(ids) - n_text)
                 documents.append((ids, mask))
+                n_tokens.append(len(ids))
         logps, _ = logps_of(model, documents, tokenizer.pad_id, env)
         chosen = logps.view(-1, len(LETTERS)).argmax(dim=1)                        # (questions)
         right = torch.tensor([question.right for question in asked], device=env.device)
         each[subject] = (chosen == right).tolist()
         everything += each[subject]
+    note_cut(n_tokens, model)
     return {f"{cfg.what}, {cfg.shots} shots (chance 25%)": everything, **each}

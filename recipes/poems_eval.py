@@ -201,7 +201,7 @@ def measure_free_samples(model, tokenizer, cfg, env):
         equal.append(equal_lines(body))
     start = tokenizer.encode_start("床前明月光")
     new = generate(model, [start], 30, temperature=0, stop_ids=[tokenizer.eot_id])
-    recital = tokenizer.decode(start[1:] + new[0], skip_special=True)
+    recital = tokenizer.decode(start + new[0], skip_special=True)
     return {"free_equal_lines": equal, "recital": recital}
 
 
@@ -330,7 +330,8 @@ def evaluate(runs, cfg, env):
     titles = random.Random(cfg.seed).sample(poems, min(cfg.n_titles, len(poems)))
     material = Material(titles, idioms, famous_quatrains(), None, None)
     if os.path.exists(f"{cfg.reference}/ckpt.pt"):
-        material.reference, _, _ = load_model(cfg.reference, env.device)
+        material.reference, tokenizer, _ = load_model(cfg.reference, env.device)
+        open_data(f"data/{cfg.what}", "text", tokenizer.fingerprint)  # else its probabilities are of other tokens
     if os.path.exists(f"{cfg.reward_from}/ckpt.pt"):
         _, _, meta = open_data(f"data/{cfg.what}", "text")
         material.reward_model = load_reward_model(cfg.reward_from, env.device, meta["fingerprint"])

@@ -2,8 +2,9 @@
 render_chat() of tokenizer.py as text: the chat template that transformers, vLLM, SGLang and llama.cpp fill in.
 
 What they are given may hold tools on offer, calls of tools, a content that is null or comes in parts: it becomes the
-text that prepare.py makes of the same in a data set (readers/calls.py).
+text that prepare.py makes of the same in a data set (readers/calls.py). What would be lost, an image say, is refused.
 """
+from readers.calls import ARGUMENTS
 
 # Values as JSON, written as json.dumps(…, ensure_ascii=False) does. Each program has a filter tojson of its own, and
 # they differ: in spaces, in the order of keys, in how Chinese is spelled. Fields that are null are left out.
@@ -29,11 +30,18 @@ JSON = (
     r"{%- endif -%}"
     r"{%- endmacro -%}")
 
-# a content is a text, null, or a list of parts that are texts
+# a content is a text, null, a list of parts that are texts, or what a tool gave back
 WORDS = (
     r"{%- macro words(content) -%}"
     r"{%- if content is string -%}{{- content -}}"
-    r"{%- elif content -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}"
+    r"{%- elif content is mapping -%}{{- json(content) -}}"
+    r"{%- elif content -%}"
+    r"{%- for part in content -%}"
+    r"{%- if part is string -%}{{- part -}}"
+    r"{%- elif part['text'] is string -%}{{- part['text'] -}}"
+    r"{%- else -%}{{- raise_exception('a content is a text, or a list of parts that are texts') -}}"
+    r"{%- endif -%}"
+    r"{%- endfor -%}"
     r"{%- endif -%}"
     r"{%- endmacro -%}")
 
@@ -50,7 +58,7 @@ CALLS = (
     r"{%- macro calls(tool_calls) -%}"
     r"{%- for tool_call in tool_calls -%}"
     r"{%- set call = tool_call['function'] or tool_call -%}"
-    r"{%- set arguments = call['arguments'] or {} -%}"
+    r"{%- set arguments = " + " or ".join(f"call['{name}']" for name in ARGUMENTS) + r" or {} -%}"
     r"{%- if not loop.first -%}{{- '\n' -}}{%- endif -%}"
     r"{{- '<tool_call>\n{\"name\": ' + json(call['name']) + ', \"arguments\": ' -}}"
     r"{{- (arguments if arguments is string else json(arguments)) + '}\n</tool_call>' -}}"
@@ -70,6 +78,7 @@ CHAT_TEMPLATE = (
     r"{%- if message['role'] == 'assistant' %}"
     r"{% generation %}"
     r"{{- text }}"
+    r"{%- if message['function_call'] %}{{- raise_exception('function_call: write it as tool_calls') }}{%- endif %}"
     r"{%- if message['tool_calls'] %}"
     r"{{- ('\n' if text else '') + calls(message['tool_calls']) }}"
     r"{%- endif %}"

@@ -117,12 +117,21 @@ def write_for_others(cfg):
             write_gguf(model, tok, stage, os.path.join(cfg.out, "model.gguf"), cfg.dtype)
 
 
+def files_of(folder):
+    """{name: time of its last change} of the files in a folder."""
+    if not os.path.isdir(folder):
+        return {}
+    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder) if entry.is_file()}
+
+
 def main(cfg):
     check(bool(cfg.run) != bool(cfg.from_), "name a run to take out (python -m tools.export out/poems-sft "
           "--out=FOLDER) or a folder to bring in (--from=FOLDER --out=out/NAME), one of the two")
     check(cfg.out, "say where to write: --out=FOLDER")
     check(not os.path.exists(os.path.join(cfg.out, "ckpt.pt")), f"{cfg.out} holds a run already: choose another --out")
     if cfg.from_:
+        check(cfg.to == "hf" and cfg.dtype == "f32", f"--from= brings a model in as a run of ours, in fp32: leave "
+              f"--to={cfg.to} and --dtype={cfg.dtype} out")
         model, tok, stage = read_hf(cfg.from_)
         write_run(model, tok, stage, cfg.out)
         n_params = sum(p.numel() for p in model.parameters())
@@ -130,11 +139,16 @@ def main(cfg):
         return
 
     check(cfg.to == "gguf" or cfg.dtype == "f32", f"--to={cfg.to} writes fp32: --dtype={cfg.dtype} is for --to=gguf")
+    before = files_of(cfg.out)
     if cfg.to == "merged":
         write_merged(cfg.run, cfg.out)
     else:
         write_for_others(cfg)
     print(f"{cfg.out}: {', '.join(sorted(os.listdir(cfg.out)))}")
+    # what an earlier export has left may contradict this one: another chat template, another vocabulary
+    left = sorted(name for name, changed in files_of(cfg.out).items() if before.get(name) == changed)
+    if left:
+        print(f"note: {', '.join(left)} stood there before and may be of another model: remove it, or take a new --out")
 
 
 if __name__ == "__main__":

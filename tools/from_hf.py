@@ -50,11 +50,15 @@ def fill(model, names, read, known_rows):
         zero_bias = name.endswith("o_proj.bias") and not read(name).any()
         if name != "lm_head.weight" and not name.endswith("inv_freq") and not zero_bias:
             unknown.append(name)
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
+    tied = head in views or head not in names or torch.equal(read(head), read(embedding))
+    check(tied, f"config.json says tie_word_embeddings=True, but {head} is not {embedding}. Write false there")
     check(not missing and not unknown, "the weights are not those that config.json promises; missing: "
           f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}")
     for name, view in views.items():
         tensor = read(name)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in (embedding, head):
             # tokens that are new to the model start as the mean of those it knows
             view[known_rows:] = tensor.mean(dim=0)
             view = view[:known_rows]

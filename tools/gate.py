@@ -60,8 +60,11 @@ class Gate:
         # what is too long by its own account need not be sent
         if int(headers.get("content-length", 0)) > MAX_BODY:
             self.too_long()
-        if method == "POST" and not headers.get("content-type", "").startswith("application/json"):
+        if method == "POST" and not headers.get("content-type", "").lower().startswith("application/json"):
             raise Refused(415, "send JSON, and the header Content-Type: application/json")
+        packed = headers.get("content-encoding", "identity")
+        if packed != "identity":
+            raise Refused(415, f"send the body as it is: Content-Encoding: {packed} is not offered here")
 
     async def take_body(self, receive):
         """Read a body, which may come in chunks of no length told before, as far as MAX_BODY; return a function that
@@ -95,8 +98,9 @@ def tell_errors(app):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
-        # of all that pydantic found wrong, the first: {"loc": ("body", "messages", 0, "role"), "msg": …}
-        first = error.errors()[0]
+        # of all that pydantic found wrong, what lies deepest: {"loc": ("body", "messages", 0, "role"), "msg": …}. Of a
+        # content that is a list it says, too, that it is no text
+        first = max(error.errors(), key=lambda error: len(error["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             return Refused(400, f"the body is not JSON: {first['ctx']['error']}").response()
@@ -107,7 +111,12 @@ def tell_errors(app):
 
     @app.exception_handler(HTTPException)
     async def http_error(request, error):
-        return Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+        reason = error.detail
+        if error.__cause__:
+            reason = f"the body is no JSON in UTF-8 ({error.__cause__})"
+        if error.status_code == 404:
+            reason += ". There are /v1/chat/completions, /v1/completions and /v1/models"
+        return Refused(error.status_code, f"{request.method} {request.url.path}: {reason}").response()
 
     @app.exception_handler(Exception)
     async def our_fault(request, error):

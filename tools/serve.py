@@ -294,11 +294,11 @@ def make_app(service):
     app = FastAPI(title="mingyue", lifespan=lifespan)
     app.add_middleware(Gate, api_key=service.cfg.api_key)
     # browsers ask first, from whatever page a client's program runs in; it stands before the gate to answer them
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
-    app.get("/")(service.page)
-    app.get("/health")(service.health)
-    app.get("/v1/models")(service.models)
-    app.get("/v1/models/{name}")(service.model)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"],
+                       allow_private_network=True)
+    for path, endpoint in (("/", service.page), ("/health", service.health), ("/v1/models", service.models),
+                           ("/v1/models/{name}", service.model)):
+        app.api_route(path, methods=["GET", "HEAD"])(endpoint)
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/completions")(service.complete)
 
@@ -319,8 +319,12 @@ def main(cfg):
         listener = socket.create_server((cfg.host, cfg.port), family=family)
     except (OSError, OverflowError) as error:
         check(False, f"cannot listen at {cfg.host}, port {cfg.port} ({error}): choose another with --port=")
-    address = "http://{}:{}".format(*listener.getsockname()[:2])
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"{cfg.run}: {checkpoint['stage']}, step {checkpoint['step']}, at {address}", file=sys.stderr)
+    if checkpoint["stage"] == "pretrain":
+        print(f"note: {cfg.run} has not learned to chat. /v1/completions goes on with a text, as it has learned to",
+              file=sys.stderr)
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
         print("note: whoever reaches this machine can use the model; --api_key=… asks for a key", file=sys.stderr)
     # until Ctrl-C; answers under way then have 3 seconds

@@ -14,16 +14,21 @@ from readers.calls import call_tools, list_tools
 # what clients send besides, and what is true of every answer here
 HARMLESS = {
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "parallel_tool_calls", "modalities", "cache_prompt", "keep_alive", "id_slot",
-    "timings_per_token", "return_progress", "include_reasoning", "session_id", "chat_id"}
+    "prompt_cache_retention", "cache_prompt", "keep_alive", "id_slot", "timings_per_token", "return_progress",
+    "include_reasoning", "session_id", "chat_id"}
+# the same of a message
+HARMLESS_IN_MESSAGES = {"annotations", "id", "reasoning", "reasoning_content", "tool_call_id"}
 # fields by which other servers change an answer, though their values are texts or objects
 CONSTRAINTS = {
-    "logit_bias", "suffix", "grammar", "json_schema", "structured_outputs", "functions", "function_call", "prediction",
-    "chat_template", "audio", "thinking"}
+    "logit_bias", "suffix", "grammar", "json_schema", "structured_outputs", "structural_tag", "regex", "ebnf", "format",
+    "functions", "function_call", "prediction", "chat_template", "audio", "thinking", "system", "instructions",
+    "prompt", "input", "stop_sequence"}
 # values of settings elsewhere that change nothing
 NEUTRAL = {"typical_p": 1, "tfs_z": 1, "best_of": 1, "length_penalty": 1, "num_beams": 1, "do_sample": True,
-           "add_generation_prompt": True, "skip_special_tokens": True}
-UNLIMITED = {"max_tokens": 2 ** 62, "max_completion_tokens": 2 ** 62, "top_k": 0}  # what -1 says of each
+           "add_generation_prompt": True, "skip_special_tokens": True, "add_special_tokens": True,
+           "modalities": ["text"], "parallel_tool_calls": True}
+# what -1 says of each, elsewhere: no limit, another draw each time
+MINUS_ONE = {"max_tokens": 2 ** 62, "max_completion_tokens": 2 ** 62, "top_k": 0, "seed": None}
 
 
 class Wire(BaseModel):
@@ -39,8 +44,19 @@ class Wire(BaseModel):
         return {key: value for key, value in data.items() if value is not None}
 
 
+def unread(data):
+    """Names of the fields of a Wire that say something and that nobody here reads; "think": false says something."""
+    said = {name for name, value in data.model_extra.items() if value or value is False and "think" in name}
+    return said - HARMLESS - NEUTRAL.keys()
+
+
 class StreamOptions(Wire):
+    model_config = ConfigDict(strict=True, extra="allow")
     include_usage: bool = False
+
+
+class ResponseFormat(Wire):
+    type: Literal["text"]
 
 
 StopString = Annotated[str, StringConstraints(min_length=1)]  # an empty one would be found at once
@@ -61,6 +77,7 @@ class Settings(Wire):
     n: int = Field(1, ge=1)
     seed: int = Field(None, ge=-2 ** 63, lt=2 ** 63)
     stop: StopString | Annotated[list[StopString], Field(max_length=64)] = []
+    response_format: ResponseFormat = None
 
     @model_validator(mode="before")
     @classmethod
@@ -72,14 +89,11 @@ class Settings(Wire):
         for name in sorted(data.keys() - known - HARMLESS):
             if is_setting(name, data[name], known):
                 raise ValueError(f"{name}={data[name]!r:.40} is not offered here; what is: {', '.join(sorted(known))}")
-        # -1: no limit, as other servers say
-        unlimited = {name: value for name, value in UNLIMITED.items() if is_minus_one(data.get(name))}
-        return {**data, **unlimited}
+        return {**data, **{name: value for name, value in MINUS_ONE.items() if is_minus_one(data.get(name))}}
 
     def ignored(self):
-        """Names of the fields that say something and that nobody here reads."""
-        said = {name for name, value in self.model_extra.items() if value}
-        return sorted(said - HARMLESS - NEUTRAL.keys())
+        """What the answer names as ignored."""
+        return sorted(unread(self) | {f"stream_options.{name}" for name in unread(self.stream_options)})
 
 
 def is_setting(name, value, known):
@@ -109,6 +123,7 @@ class ToolCall(Wire):
 
 
 class Message(Wire):
+    model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] = ""
     tool_calls: list[ToolCall] = []
@@ -116,8 +131,12 @@ class Message(Wire):
     @model_validator(mode="before")
     @classmethod
     def whole(cls, data):
-        """Refuse what belongs to a message elsewhere and would be lost here: images, function_call, prefix."""
+        """Refuse what belongs to a message elsewhere and would be lost here: images, function_call, prefix; and a
+        message that says nothing: its text may stand under another name."""
         if isinstance(data, dict):
+            role = data.get("role")
+            if role in ("system", "developer", "user") and data.get("content") is None:
+                raise ValueError(f"a message of the {role} needs a content")
             for name in sorted(data.keys() - cls.model_fields.keys() - {"annotations"}):
                 if data[name] and isinstance(data[name], (bool, list, dict)):
                     raise ValueError(f"a message with {name} is not offered here; what is: role, content, tool_calls")
@@ -129,10 +148,6 @@ class Tool(Wire):
     function: dict
 
 
-class ResponseFormat(Wire):
-    type: Literal["text"]
-
-
 class CompletionRequest(Settings):
     prompt: str | list[str]          # no lists of token ids: these could hold control tokens
     logprobs: int = Field(-1, ge=0, le=5)
@@ -142,9 +157,22 @@ class ChatRequest(Settings):
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] = []
     tool_choice: Literal["auto", "none"] = "auto"
-    response_format: ResponseFormat = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def together(self):
+        """Refuse what the other settings leave no place for."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs} shows nothing without logprobs=true")
+        if not self.parallel_tool_calls and self.tools and self.tool_choice == "auto":
+            raise ValueError("parallel_tool_calls=false is not offered here: an answer may call several tools")
+        return self
+
+    def ignored(self):
+        names = {name for message in self.messages for name in unread(message) - HARMLESS_IN_MESSAGES}
+        return sorted({*super().ignored(), *(f"messages.{name}" for name in names)})
 
 
 def chat_turns(body):

@@ -1,4 +1,6 @@
 """sample.py as people use it: prompts from files, Windows' text, Ctrl-C, a small window, values that make no sense."""
+import gzip
+import io
 import json
 import os
 import signal
@@ -30,6 +32,15 @@ def test_program_writes_samples_only(base):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "春夜" + tok.decode([i for i in ids if i not in stops]) + "\n"
     assert f"{os.path.join('out', 'new')}: pretrain, step 1" in done.stderr and "--out_dir=" in done.stderr
+    # the same text from a pipe, as the note of a run without any text says
+    said = []
+    for words in ([], ["--start=FILE:/dev/stdin"]):
+        piped = subprocess.run([sys.executable, f"{ROOT}/sample.py", *words, "--max_new_tokens=12", "--temperature=0",
+                                "--device=cpu"], cwd=root, capture_output=True, encoding="utf-8", input="春夜")
+        assert piped.returncode == 0, piped.stderr
+        said.append(piped)
+    assert "what is piped in is not read. To read it: --start=FILE:/dev/stdin" in said[0].stderr
+    assert said[1].stdout == done.stdout and "piped" not in said[1].stderr
 
 
 @pytest.mark.parametrize("word", [
@@ -53,7 +64,9 @@ def test_prompts_from_files(base, tmp_path, capsys):
         jsonl.write_text("".join(json.dumps({"prompt": f"春{i}", "more": 1}) + "\n" for i in range(n)))
         model = Script(tok, "霜", "2", "3")
         complete(model, tok, Config(prompts=str(jsonl), chat=True, system="好", batch_size=2), CPU)
-        records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        out, err = capsys.readouterr()
+        assert "the prompts alone are read, not more" in err
+        records = [json.loads(line) for line in out.splitlines()]
         assert records == [{"prompt": f"春{i}", "response": "霜23"[i]} for i in range(n)]
     assert model.prompts[2] == rendered(tok, [{"role": "system", "content": "好"}] + turns("春2"))
     for broken in ("", "{}\n", "[1]\n", "{\n"):
@@ -70,14 +83,24 @@ def test_prompts_from_files(base, tmp_path, capsys):
 def test_prompts_saved_by_windows(base, tmp_path, capsys):
     """Neither the byte order mark nor carriage returns reach the model."""
     tok = base[2]
-    for name, text in (("p.txt", "春\r\n"), ("p.jsonl", '{"prompt": "春"}\r\n')):
+    for name, text in (("p.txt", "春\r\n"), ("p.JSONL", '{"prompt": "春"}\r\n')):
         (tmp_path / name).write_bytes("\ufeff".encode() + text.encode())
-    model = Script(tok, "月", "月", "月")
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress((tmp_path / "p.txt").read_bytes()))
+    model = Script(tok, "月", "月", "月", "月")
     complete(model, tok, Config(prompts=str(tmp_path / "p.txt")), CPU)
-    complete(model, tok, Config(prompts=str(tmp_path / "p.jsonl")), CPU)
+    complete(model, tok, Config(prompts=str(tmp_path / "p.JSONL")), CPU)
     complete(model, tok, Config(start=f"FILE:{tmp_path / 'p.txt'}"), CPU)
-    assert model.prompts == [[tok.eot_id] + tok.encode(text) for text in ("春", "春", "春\n")]
-    assert capsys.readouterr().out == '春月\n{"prompt": "春", "response": "月"}\n春\n月\n'
+    complete(model, tok, Config(start=f"FILE:{tmp_path / 'p.txt.gz'}"), CPU)
+    assert model.prompts == [[tok.eot_id] + tok.encode(text) for text in ("春", "春", "春\n", "春\n")]
+    assert capsys.readouterr().out == '春月\n{"prompt": "春", "response": "月"}\n' + 2 * "春\n月\n"
+
+
+def test_json_on_a_console_of_gbk(base, tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "春😀"}\n', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "gbk", errors="backslashreplace"))
+    complete(Script(base[2], "月"), base[2], Config(prompts=str(tmp_path / "p.jsonl")), CPU)
+    sys.stdout.flush()
+    assert json.loads(sys.stdout.buffer.getvalue()) == {"prompt": "春😀", "response": "月"}
 
 
 def test_continuation_keeps_the_space_before_its_first_word(tmp_path, capsys):  # as in Llama 2's vocabulary
@@ -94,6 +117,29 @@ def test_thousands_of_empty_lines(base, monkeypatch):
     lines = iter([""] * 3000)
     monkeypatch.setattr("builtins.input", lambda: next(lines, "/exit"))
     assert sample.read_line() == "/exit"
+
+
+def test_the_end_of_the_input_loses_no_question(monkeypatch):
+    """Pasted, or sent by a program: two lines, and then the end."""
+    def read():
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    lines = ["春", "夜"]
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(sample.select, "select", lambda *_: ([sys.stdin], [], []))
+    assert [sample.read_line(), sample.read_line()] == ["春\n夜", "/exit"]
+
+
+def test_answers_that_are_cut_are_named(base, capsys):
+    tok = base[2]
+    complete(Script(tok, tok.encode("月夜")), tok, Config(start="春", chat=True, max_new_tokens=2), CPU)
+    assert "(cut after 2 tokens)" in capsys.readouterr().err
+    model = Script(tok, tok.encode("月夜"), "月")
+    complete(model, tok, Config(start="春", chat=True, max_new_tokens=2, num_samples=2), CPU)
+    assert "note: 1 of 2 answers were cut" in capsys.readouterr().err
 
 
 def test_chat_in_a_small_window(base, capsys, monkeypatch):

@@ -80,6 +80,12 @@ def test_three_turns(chat):
     wait_until_done(page, 11)
     page.click("#new")
     assert page.locator("article").count() == 0
+    # an empty field is no 0: the server takes its own number
+    page.click("#gear")
+    page.fill("#temperature", "")
+    say(page, "春")
+    wait_until_done(page, 1)
+    assert "temperature" not in sent[-1] and sent[-1]["max_tokens"] == 20
 
 
 def test_stop_and_answer_again(chat, live):

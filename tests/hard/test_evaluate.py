@@ -11,7 +11,7 @@ import torch
 from model import ModelConfig, Transformer
 from recipes import exams
 from small_runs import CPU
-from tokenizer import train_tokenizer
+from tokenizer import make_tokenizer, train_tokenizer
 from tools import evaluate
 from tools.evaluate import Config, minimal_pairs, share, table, text_bits, wilson
 
@@ -90,7 +90,7 @@ def test_bits_of_a_text(model, tok, tmp_path):
         text_bits(model, tok, Config("text", input=str(path)), CPU)
 
 
-def test_minimal_pairs(model, tok, tmp_path):
+def test_minimal_pairs(model, tok, tmp_path, monkeypatch):
     """log p / tokens^0.5 of each sentence, by hand; a tie is a miss; a folder is counted file by file too."""
     sentences = ["春夜月", "月夜春", "好坏", "春夜好坏", "好", "月月月月月月", "0 1", "坏春"]
     scores = {}
@@ -111,9 +111,20 @@ def test_minimal_pairs(model, tok, tmp_path):
                    "a": wanted[:3], "b": wanted[3:]}
     one = minimal_pairs(model, tok, Config("pairs", input=str(tmp_path / "b.jsonl")), CPU)
     assert one["all pairs (chance 50%)"] == wanted[3:] and len(one) == 2
-    (tmp_path / "b.jsonl").write_text('{"sentence_good": "春"}\n')
-    with pytest.raises(SystemExit, match="b.jsonl, record 1: no sentence_good or no sentence_bad"):
-        minimal_pairs(model, tok, Config("pairs", input=str(tmp_path)), CPU)
+    # a vocabulary whose documents open with another token: the words stand behind that one
+    llama = make_tokenizer(tok.raw, {"start": ["<|im_start|>"]}, "")
+    (tmp_path / "b.jsonl").write_text('{"sentence_good": "春夜", "sentence_bad": "夜春"}\n', encoding="utf-8")
+    scored = []
+    with monkeypatch.context() as patch:
+        patch.setattr(exams, "logps_of", lambda model, documents, *_: scored.extend(documents) or (torch.ones(2),) * 2)
+        minimal_pairs(model, llama, Config("pairs", input=str(tmp_path / "b.jsonl")), CPU)
+    ids = tok.encode("春夜")
+    assert scored[0] == ([tok.im_start_id, *ids], [0] + [1] * len(ids))
+    for record, message in (('{"sentence_good": "春"}', "no sentence_good or no sentence_bad"),
+                            ('{"sentence_good": "春", "sentence_bad": ""}', "sentence_bad is '', wanted a text")):
+        (tmp_path / "b.jsonl").write_text(record + "\n", encoding="utf-8")
+        with pytest.raises(SystemExit, match=f"b.jsonl, record 1: {message}"):
+            minimal_pairs(model, tok, Config("pairs", input=str(tmp_path)), CPU)
 
 
 def test_minimal_pairs_of_a_model_that_knows_nothing(tok, tmp_path):
@@ -158,7 +169,7 @@ def test_exam_questions(tmp_path, name, subject, intro):
         exams.questions(name, str(tmp_path), 3)
 
 
-def test_exam_of_a_model(model, tok, tmp_path):
+def test_exam_of_a_model(model, tok, tmp_path, capsys):
     """The likeliest of the four letters with its space; a question longer than the model sees loses its beginning."""
     write_exam(tmp_path, "ceval")
     for shots in (0, 2):
@@ -174,6 +185,7 @@ def test_exam_of_a_model(model, tok, tmp_path):
         got = evaluate.exam(model, tok, Config("ceval", input=str(tmp_path), shots=shots), CPU)
         assert got == {f"ceval, {shots} shots (chance 25%)": wanted, "law": wanted}
     assert len(tok.encode(question.text)) > 97
+    assert "note: 8 of 8 texts are longer than the 96 tokens" in capsys.readouterr().err
 
 
 def test_exam_files_that_are_not_exams(tmp_path):

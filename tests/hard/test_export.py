@@ -305,12 +305,14 @@ def texts_of_tools():
         "type": "object", "required": ["城", 1], "properties": {"z": {"at": 0.5, "min": None, "x": True}, "a": {}}}}}
     call = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": {"城": "京", "n": [1, 2.5, None, {}]}}}
     as_text = {"id": "2", "type": "function", "function": {"name": "g", "arguments": '{"a": "\\n"}'}}
-    parts = [{"type": "text", "text": "北京"}, {"type": "text", "text": "天气？"}]
-    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call, as_text]},
-            {"role": "tool", "content": "晴"}, {"role": "assistant", "content": "好。", "tool_calls": [as_text]},
+    calls = [call, as_text, {"function": {"name": "g", "parameters": {"a": 1}}}]
+    parts = [{"type": "text", "text": "北京"}, "天气？"]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": {"天": "晴"}}, {"role": "assistant", "content": "好。", "tool_calls": [as_text]},
             {"role": "tool", "content": "3"}, {"role": "assistant", "content": "晴天。"}]
-    turns = [{"role": "user", "content": "北京天气？"}, {"role": "assistant", "content": call_tools([call, as_text])},
-             talk[2], {"role": "assistant", "content": "好。\n" + call_tools([as_text])}, *talk[4:]]
+    turns = [{"role": "user", "content": "北京天气？"}, {"role": "assistant", "content": call_tools(calls)},
+             {"role": "tool", "content": '{"天": "晴"}'},
+             {"role": "assistant", "content": "好。\n" + call_tools([as_text])}, *talk[4:]]
     for tools in (None, [], [spec], [spec, {"name": "g"}]):
         offer = [list_tools(tools)] if tools else []
         for system in ([], [""], ["你是助手"]):
@@ -330,6 +332,10 @@ def test_tools_in_the_chat_template(folder, tok):
         assert plain.render(messages=messages, tools=tools) == tok.decode(ids)
         prompt = plain.render(messages=messages[:-1], tools=tools, add_generation_prompt=True)
         assert prompt == tok.decode(render_chat(tok, turns[:-1], add_generation_prompt=True)[0])
+    image = {"role": "user", "content": [{"type": "text", "text": "春"}, {"type": "image", "url": "x"}]}
+    for lost in (image, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}):
+        with pytest.raises(jinja2.TemplateError, match="parts that are texts|write it as tool_calls"):
+            theirs.apply_chat_template([lost])
 
 
 def test_chat_template_of_a_rank_file(ranked, lines, place, capsys):
@@ -669,12 +675,16 @@ def test_commands(folder, tok, place, monkeypatch, capsys):
     command(monkeypatch, f"{place}/back", "--to=hf", f"--out={place}/forth")
     with open(f"{folder}/model.safetensors", "rb") as a, open(f"{place}/forth/model.safetensors", "rb") as b:
         assert a.read() == b.read()
-    capsys.readouterr()
+    assert "stood there before" not in capsys.readouterr().out
+    os.remove(f"{place}/forth/config.json")
+    command(monkeypatch, f"{place}/back", "--to=gguf", f"--out={place}/forth")
+    assert "note: chat_template.jinja, generation_config.json, model.safetensors" in capsys.readouterr().out
     for words, message in [
             ([f"{place}/back"], "say where to write"),
             ([f"--out={place}/x"], "one of the two"),
             ([f"{place}/back", f"--from={folder}", f"--out={place}/x"], "one of the two"),
             ([f"--from={folder}", f"--out={place}/back"], "holds a run already"),
+            ([f"--from={folder}", "--to=gguf", f"--out={place}/x"], "leave --to=gguf and --dtype=f32 out"),
             ([f"--from={place}/nowhere", f"--out={place}/x"], "no config.json"),
             ([f"{place}/back", "--dtype=f16", f"--out={place}/x"], "--dtype=f16 is for --to=gguf"),
             ([f"{place}/back", "--to=onnx", f"--out={place}/x"], "known are hf, gguf, peft")]:
@@ -804,6 +814,7 @@ def test_new_chat_tokens_grow_the_model(prefixed, place, capsys):
     ("llama", {"num_hidden_layers": 3}, "missing: model.layers.2"),
     ("llama", {"num_hidden_layers": 1}, "unknown: model.layers.1"),
     ("llama", {"intermediate_size": 88}, r"mlp.gate_proj.weight is \[80, 32\], config.json says \[88, 32\]"),
+    ("llama_gqa", {"tie_word_embeddings": True}, "tie_word_embeddings=True, but lm_head.weight is not"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
     ("moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
     ("moe", {"n_group": 2}, "n_group=2"),

@@ -14,7 +14,7 @@ from model import ModelConfig, ScalarModel
 from recipes import poems_eval
 from recipes.poems_eval import Material, answer_all, evaluate_run, famous_quatrains, idiom_choice, names_itself, repeats
 from recipes.poems_eval import measure_chat, measure_sft, reward_accuracy, scores_of
-from tokenizer import render_chat
+from tokenizer import render_chat, train_tokenizer
 from tools import evaluate
 from tools.evaluate import Config
 
@@ -198,8 +198,8 @@ def test_main_says_what_is_missing(tmp_path, monkeypatch, tok, capsys):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(Config(what, runs="out/a", input=str(tmp_path), device="cpu"))
     save_checkpoint("out/b/ckpt.pt", {**load_checkpoint("out/a"), "stage": "reward"})
-    with pytest.raises(SystemExit, match="out/b is a reward model: it scores answers and writes none"):
-        evaluate.main(Config("text", runs="out/b", input=str(tmp_path), device="cpu"))
+    with pytest.raises(SystemExit, match="out/b/ckpt.pt is a reward model: it scores answers and writes none"):
+        evaluate.main(Config("text", runs="out/b/ckpt.pt", input=str(tmp_path), device="cpu"))
 
 
 def test_poems_from_the_command_line(tok, tmp_path, monkeypatch, capsys):
@@ -229,6 +229,10 @@ def test_poems_from_the_command_line(tok, tmp_path, monkeypatch, capsys):
             f.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setattr(poems_eval, "FREE_SAMPLES", 4)
     monkeypatch.setattr(poems_eval, "ANSWERS", 1)
+    with pytest.raises(SystemExit, match="tokenizer"):
+        make_run("out/other", train_tokenizer(["别的词汇。"], str(tmp_path / "other"), 280))
+        evaluate.main(Config(n_titles=2, device="cpu", reference="out/other"))
+    capsys.readouterr()
     evaluate.main(Config(n_titles=2, device="cpu"))
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["out/poems", "out/poems-sft", "out/poems-ppo", "out/poems-reward"]

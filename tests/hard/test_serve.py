@@ -448,8 +448,9 @@ def test_seed_and_n(live, tok, model):
     assert [choice["message"]["content"] for choice in answer["choices"]] == wanted
     choices, _ = joined(send(port, "/v1/chat/completions", {**body, "stream": True}))
     assert [choices[i][0] for i in range(3)] == wanted
-    free = {ask(port, **{**body, "seed": None, "n": 1})[1]["choices"][0]["message"]["content"] for _ in range(5)}
-    assert len(free) > 1
+    for seed in (None, -1):
+        free = {ask(port, **{**body, "seed": seed, "n": 1})[1]["choices"][0]["message"]["content"] for _ in range(5)}
+        assert len(free) > 1
     assert ask(port, **{**body, "seed": -2 ** 63})[0] == ask(port, **{**body, "seed": 2 ** 63 - 1})[0] == 200
 
 
@@ -621,6 +622,17 @@ BAD = [
     (dict(messages=user("x"), stop_token_ids=[3]), 400, "stop_token_ids"),
     (dict(messages=user("x"), functions=[{"name": "f"}]), 400, "functions"),
     (dict(messages=user("x"), guided_regex="a+"), 400, "guided_regex"),
+    (dict(messages=user("x"), regex="a+"), 400, "regex="),
+    (dict(messages=user("x"), system="明"), 400, "system="),
+    (dict(messages=user("x"), prompt="明"), 400, "prompt="),
+    (dict(messages=user("x"), modalities=["text", "audio"]), 400, "modalities="),
+    (dict(messages=user("x"), add_special_tokens=False), 400, "add_special_tokens=False"),
+    (dict(messages=user("x"), top_logprobs=5), 400, "top_logprobs=5 shows nothing without logprobs"),
+    (dict(messages=user("x"), parallel_tool_calls=False, tools=[{"type": "function", "function": {"name": "f"}}]), 400,
+     "parallel_tool_calls=false"),
+    (dict(messages=[{"role": "user", "text": "x"}]), 400, "needs a content"),
+    (dict(messages=user("x"), stop=["a", ""]), 400, "at least 1 character"),
+    (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "Input should be 'text'"),
     (dict(messages=user("x"), logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (dict(messages=user("x"), logit_bias={"3": 1}), 400, "logit_bias"),
     (dict(messages=user("x"), response_format={"type": "json_object"}), 400, "response_format"),
@@ -640,12 +652,15 @@ def test_wrong_requests(live, body, status, word):
 def test_settings_that_change_nothing_pass(live):
     settings = dict(presence_penalty=0, frequency_penalty=0.0, logit_bias={}, n=None, user="me", stop=None, tools=None,
                     response_format={"type": "text"}, metadata={"a": 1}, service_tier="auto", store=True, typical_p=1.0,
-                    parallel_tool_calls=True, top_k=-1, modalities=["text"], top_n_sigma=0)
+                    parallel_tool_calls=False, top_k=-1, modalities=["text"], top_n_sigma=0, top_logprobs=0)
     status, answer = ask(live[0], messages=user("x"), max_tokens=1, **settings)
     assert status == 200 and "ignored" not in answer
     # what nobody knows and may be a note of the client's own: the answer says that nobody read it
-    status, answer = ask(live[0], messages=user("x"), max_tokens=1, thread="a", chat_template_kwargs={"b": 1})
-    assert status == 200 and answer["ignored"] == ["chat_template_kwargs", "thread"]
+    named = [{"role": "user", "content": "x", "name": "甲", "id": "1"}]
+    status, answer = ask(live[0], messages=named, max_tokens=1, thread="a", chat_template_kwargs={"b": 1}, think=False,
+                         stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert status == 200 and answer["ignored"] == ["chat_template_kwargs", "messages.name",
+                                                   "stream_options.continuous_usage_stats", "think", "thread"]
     parts = [{"type": "text", "text": "春"}, {"type": "text", "text": "夜"}]
     a = ask(live[0], messages=[{"role": "user", "content": parts}])[1]["choices"]
     assert a == ask(live[0], messages=user("春夜"))[1]["choices"]
@@ -670,6 +685,12 @@ def test_what_is_no_request(live, tok):
     cases = [("POST", chat, b"{", (), 400, "not JSON"), ("POST", chat, b"\xff\xfe", (), 400, ""),
              ("POST", chat, b"", (), 400, ""), ("POST", chat, b"[1, 2]", (), 400, ""),
              ("POST", chat, deep, (), 400, ""), ("POST", chat, b"{}", plain, 415, "Content-Type"),
+             ("POST", chat, '{"messages": "好"}'.encode("gbk"), (), 400, "UTF-8"),
+             ("POST", chat, b"{}", {"Content-Encoding": "gzip"}, 415, "gzip"),
+             ("POST", chat, b"{}", {"Content-Type": "Application/JSON; charset=UTF-8"}, 400, "messages"),
+             ("POST", "/v1/completions", b'{"prompt": "x", "response_format": {"type": "json_object"}}', (),
+              400, "format"),
+             ("POST", "/chat/completions", b"{}", (), 404, "There are /v1/chat/completions"),
              ("POST", chat, long, (), 413, "16,777,216"), ("POST", "/v1/embeddings", b"{}", (), 404, "Not Found"),
              ("GET", chat, None, (), 405, "Not Allowed"), ("GET", "/nothing", None, (), 404, "Not Found"),
              ("GET", "/v1/models/other", None, (), 404, "tiny")]
@@ -682,12 +703,14 @@ def test_what_is_no_request(live, tok):
     assert json.loads(send(port, "/v1/models", None, "GET").read())["data"][0]["id"] == "tiny"
     assert json.loads(send(port, "/v1/models/tiny", None, "GET").read())["max_model_len"] == ROOM
     assert health(port)["status"] == "ok"
+    assert [send(port, path, None, "HEAD").status for path in ("/", "/health", "/v1/models")] == [200] * 3
 
 
 def test_pages_of_other_sites_and_bodies_in_chunks(live):
     port, path = live[0], "/v1/chat/completions"
     origin = {"Origin": "http://127.0.0.1:3000"}
-    may_i = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    may_i = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type",
+             "Access-Control-Request-Private-Network": "true"}
     response = send(port, path, None, "OPTIONS", may_i)
     assert response.status == 200 and response.headers["access-control-allow-origin"] == "*"
     assert "content-type" in response.headers["access-control-allow-headers"]
