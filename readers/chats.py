@@ -196,7 +196,8 @@ def read_answer(record, notes):
         value = value[0]
     if isinstance(value, (list, dict)):
         return read_turns(value, names[0], notes, "assistant")
-    parts = [think(take(record, notes, *REASONING)), as_text(value, names[0])]
+    text = as_text(value, names[0])
+    parts = [think(take(record, notes, *REASONING), text), text]
     asked = first(record, QUESTION)
     if isinstance(asked, str) and asked.rstrip().endswith((":", "：")):
         # "Human: … Assistant:" asks for the answer, which may go on in this way

@@ -146,14 +146,15 @@ def note_rest(item, known, notes, prefix=""):
 
 # Numbers that count or tell apart, and flags that say nothing of the answer.
 COUNTERS = re.compile("(^|[_.])(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
-                      "seed|temperature|offset|start|end|page|level|lang|language|locale|country|is_classification|"
+                      "seed|temperature|offset|start|end|page|level|lang|language|country|distance|is_classification|"
                       r"human_verified|is_code_related|column \d+|unnamed: \d+|index_level_\d+__)s?$|"  # pandas
                       r"(^|[.])[a-z]id$|(?-i:[a-z]Id)$", re.IGNORECASE)
 NO = {"0", "0.0", "false"}
 YES = {"1", "1.0", "true"}
 NO_WORDS = {"no", "off", "bad", "wrong", "incorrect", "rejected", "failed", "dislike", "thumbs_down", "thumbs down",
             "差", "错", "否", "错误", "不好", "不合格"}
-NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete|wrong|invalid|flip|swap|revers", re.IGNORECASE)
+NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete|wrong|invalid|flip|swap|revers|toxic|redact|refus|spam",
+                      re.IGNORECASE)
 
 
 def check_marks(item, known, ours):
@@ -165,8 +166,10 @@ def check_marks(item, known, ours):
             marks.update((f"{name}.{inner}", value[inner]) for inner in filled(value, WEIGHT))  # {"metadata": {…}}
     for name, value in marks.items():
         words = {str(part).lower() for part in (value if isinstance(value, list) else [value])}
-        is_yes = NEGATIVE.search(name) and words & YES
-        if words & {*NO_WORDS, "-1"} or (words & NO or is_yes) and words <= NO | YES:
+        is_negative = NEGATIVE.search(name)
+        is_yes = is_negative and words & YES
+        is_no = words & NO and (not is_negative or "mask" in name)  # a mask of 0 may hide, or not
+        if words & {*NO_WORDS, "-1"} or (is_no or is_yes) and words <= NO | YES:
             hint = f"rename it {ours} (0: not learned), or take it out"
             if ours == "label":
                 named = ",".join(f"{field}:{field}" for field in filled(item, item) if field in KNOWN - {*THUMB})
@@ -213,7 +216,5 @@ def there(record):
                 place = f".[\"{name}\"]"
                 names += (f" (are the records in {name}? Write them out: jq -c '..|objects|select({place}|arrays)|"
                           f"del({place})+{place}[]' FILE > FILE.jsonl)")
-        if len(record) > 9 and all(isinstance(value, str) and prose(value) for value in record.values()):
-            names += " (a text each? jq -c 'to_entries[]' FILE > FILE.jsonl makes them records with key and value)"
         return names
     return f"the record is a {'list' if isinstance(record, list) else 'text'}"

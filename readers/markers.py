@@ -22,7 +22,7 @@ STAND_INS = {
     "HTML such as &nbsp;": re.compile(r"&(?:#x?[0-9a-fA-F]{2,6}|nbsp|lt|gt|amp|quot);"),
     "escapes such as \\u5e8a": re.compile(r"\\u[0-9a-f]{4}"),
     "\ufffd (lost characters)": re.compile("\ufffd"),
-    "time codes of subtitles": re.compile(r"\d:\d\d[,.]\d{3} --> ")}
+    "time codes of subtitles": re.compile(r" --> \d\d?:\d\d")}
 
 
 def find_markers(content):

@@ -33,8 +33,6 @@ def read_ranks(record, prompt, notes):
         return answers, ranks
     chosen = turns_of(take(record, notes, *CHOSEN))
     rejected = turns_of(take(record, notes, *REJECTED))
-    if chosen in NAN or rejected in NAN:
-        raise Skip("empty", "a program wrote nan for an answer that is missing")
     if chosen is None and rejected is not None and prompt and prompt[-1]["role"] == "assistant":
         chosen = prompt.pop()["content"]  # the conversation ends with the good answer
     if chosen is not None and rejected is not None:
@@ -124,7 +122,7 @@ def to_ranking(record, notes):
                 raise Skip("answers to different prompts", "the prompt is not in what the answer begins with: "
                            f"{brief(texts)}")
         whole.append(turns)
-    if not all(turns and all(m["content"] for m in turns) for turns in whole):
+    if not all(turns and all(m["content"] for m in turns) and turns[-1]["content"] not in NAN for turns in whole):
         raise Skip("empty", "a question or an answer has no words")
     prompts = [turns[:-1] for turns in whole]
     if any(turns[:-1] != prompts[0] or turns[-1]["role"] != "assistant" for turns in whole):

@@ -127,10 +127,12 @@ def read_txt(raw, txt_document):
         return
     if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"", head):
         raise Skip("JSON in a .txt", "it begins like an array of records: call the file .json")
-    names = re.split("[,;\t]", head.split(b"\n")[0].decode("utf-8-sig", "replace").strip().lower())
-    if len(names) > 1 and all(name in KNOWN or COUNTERS.search(name) for name in names):
-        raise Skip("a table in a .txt", f"its first line is {', '.join(names)}: call the file .csv")
     if txt_document == "blank":
+        names = re.split("[,;\t]", head.split(b"\n")[0].decode("utf-8-sig", "replace").strip().lower())
+        are_names = len(names) > 1 and all(name in KNOWN or COUNTERS.search(name) for name in names)
+        if are_names or re.match(rb"([^\s][^\t\n]*\t[^\t\n]*\S\r?\n){4}", head):
+            raise Skip("a table in a .txt", f"its first line is {' | '.join(names)[:80]}: call the file .csv, with "
+                       "names in the first line; --txt_document=line takes each line as it is")
         check_blank_lines(head)
     if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):
         txt_document = "marked"  # its documents say themselves where they end

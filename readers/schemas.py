@@ -130,7 +130,7 @@ def note_doubts(record, kind, notes):
         value = record.get(name)
         if kind == "sft" and RATING.search(name) and is_number(value):
             notes.noticed[f"{name} beside answers, which are learned alike"] += 1
-        elif not notes.split and str(value).lower() in VAL_WORDS:
+        elif not notes.split and isinstance(value, str) and len(value) < 20 and value.lower() in VAL_WORDS:
             notes.noticed[f"{name} that says {value} (--fields=…,split:{name} holds it out)"] += 1
 
 
@@ -187,7 +187,7 @@ def are_records(value):
 
 def rows_of(record, kind):
     """The rows of a table as pandas writes it in one object: {columns, data: [[…], …]}; {name: {"0": …, "1": …}, …};
-    {"0": {name: …}, "1": …}, also with other names of rows. None where it is another object."""
+    {"0": {name: …}, "1": …}; of texts, {name: […], …}. None where it is another object."""
     if isinstance(record.get("columns"), list) and isinstance(record.get("data"), list):
         if all(isinstance(row, list) and len(row) == len(record["columns"]) for row in record["data"]):
             return [dict(zip(record["columns"], row)) for row in record["data"]]
@@ -198,8 +198,7 @@ def rows_of(record, kind):
         return [dict(zip(record, row)) for row in zip(*values)]
     if not values or not all(isinstance(value, dict) and value for value in values):
         return None
-    is_named = len(record) > 2 and not {*record} & KNOWN and are_records(values)
-    if is_named or all(str(name).isdecimal() for name in record):
+    if all(str(name).isdecimal() for name in record):
         return values
     numbers = list(values[0])
     if all(str(number).isdecimal() for number in numbers) and all(list(value) == numbers for value in values):

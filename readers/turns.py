@@ -148,7 +148,8 @@ def read_turn(turn, name, notes, role=None):
     calls = [key for key in turn if key in CALLS or role == "assistant" and key not in {*CONTENT, *SPEAKER}
              and are_objects(turn[key], ARGUMENTS)]
     tools = [key for key in turn if key in TOOLS or role == "system" and are_objects(turn[key], DESCRIBED)]
-    parts = [think(first(turn, REASONING)), as_text(content, name)]
+    words = as_text(content, name)
+    parts = [think(first(turn, REASONING), words), words]
     parts += [call_tools(turn[key]) for key in filled(turn, calls)]
     parts += [list_tools(turn[key]) for key in filled(turn, tools)]
     text = "\n".join(part for part in parts if part)
@@ -176,7 +177,7 @@ def speaker_of(key):
 
 def turns_of(value):
     """The turns that a text stands for as JSON or as Python writes them, in a .csv; any other value as it is."""
-    turns = from_json(value)
+    turns = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     is_list = isinstance(turns, list) and all(isinstance(turn, dict) and filled(turn, SPEAKER) for turn in turns)
     return turns if is_list and turns else value
 
@@ -190,6 +191,8 @@ def without_names(messages):
     return [m if match is True else {**m, "content": match[2]} for m, match in zip(messages, spoken)]
 
 
-def think(reasoning):
-    """What a model thinks before it answers, as the text it writes; "" where it does not."""
-    return f"<think>\n{as_text(reasoning, 'reasoning').strip()}\n</think>\n" if reasoning else ""
+def think(reasoning, text):
+    """What a model thinks before it answers with a text, as it writes it; "" where it does not, or the text says it."""
+    thought = as_text(reasoning, "reasoning").strip()
+    is_said = f"<think>{thought}" in re.sub(r"<think>\s+", "<think>", text)
+    return f"<think>\n{thought}\n</think>\n" if thought and not is_said else ""

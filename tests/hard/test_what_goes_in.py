@@ -194,6 +194,9 @@ TURNS = messages("u:问", "a:答")
     ({"conversation": [{"output": "答", "input": "问", "system": "诗人"}]}, messages("s:诗人", "u:问", "a:答")),
     ({"system": "诗人", "system_prompt": "短", "question": "问", "answer": "答"}, messages("s:诗人\n短", "u:问", "a:答")),
     ({"system": "诗人", "messages": messages("s:诗人", "u:问", "a:答")}, messages("s:诗人", "u:问", "a:答")),
+    ({"messages": [TURNS[0], {**messages("a:<think>\n想\n</think>\n答")[0], "thinking": "想"}]},
+     messages("u:问", "a:<think>\n想\n</think>\n答")),
+    ({"question": "问", "answer": "答", "toxic": False, "skip": False}, TURNS),
     ({"system": "None", "instruction": "问", "input": "<无输入>", "output": "答"}, TURNS),
     ({"text": "USER: 问\nASSISTANT: 查\nFUNCTION RESPONSE: 晴\nASSISTANT: 晴天"}, messages("u:问", "a:查", "t:晴", "a:晴天")),
 ])
@@ -306,7 +309,7 @@ def test_a_weight_that_is_none_is_asked_about(value):
 
 
 @pytest.mark.parametrize("mark,value", [("is_good", False), ("quality", 0), ("use", "0"), ("masked", True), ("bad", 1),
-                                        ("learn", "no"), ("verdict", "incorrect"), ("评价", "差"), ("score", -1)])
+                                        ("learn", "no"), ("verdict", "incorrect"), ("评价", "差"), ("score", -1), ("toxic", True)])
 def test_an_unknown_mark_is_asked_about(mark, value):
     turns = messages("u:问", "a:答")
     turns[1][mark] = value
@@ -366,12 +369,11 @@ ROWS = [{"question": "甲问", "answer": "甲答"}, {"question": "乙问", "answ
     {"columns": ["question", "answer"], "index": [0, 1], "data": [["甲问", "甲答"], ["乙问", "乙答"]]},  # orient="split"
     {"question": {"0": "甲问", "1": "乙问"}, "answer": {"0": "甲答", "1": "乙答"}},  # orient="columns"
     {"0": ROWS[0], "1": ROWS[1]},  # orient="index"
-    {"a": ROWS[0], "b": ROWS[1], "c": ROWS[1]},
     {"schema": {"fields": [{"name": "question", "type": "string"}], "pandas_version": "1.4.0"}, "data": ROWS},
 ])
 def test_tables_of_pandas(record):
     got = [convert(item, "sft")[0] for item in unfold(record, "sft")]
-    assert got[:2] == [messages("u:甲问", "a:甲答"), messages("u:乙问", "a:乙答")]
+    assert got == [messages("u:甲问", "a:甲答"), messages("u:乙问", "a:乙答")]
     assert list(unfold({"text": ["甲", "乙"], "id": [0, 1]}, "text")) == [{"text": "甲", "id": 0}, {"text": "乙", "id": 1}]
 
 
@@ -515,7 +517,7 @@ def test_letters_that_stand_for_others_are_noticed(tok_file):
 @pytest.mark.parametrize("data,want", [
     ("\n\n".join(POEMS).encode("utf-32"), None),
     ("\n\n".join(POEMS).encode().decode("latin-1").encode(), "UTF-8 written twice"),
-    ("id,text\n1,床前明月光\n".encode(), "a table in a .txt"),
+    ("id,text\n1,床前明月光\n".encode(), "a table in a .txt"), ("体育\t床前明月光\n".encode() * 9, "a table in a .txt"),
     ("\n".join(json.dumps([poem]) for poem in POEMS).encode(), None),
 ])
 def test_bytes_of_a_txt(tok_file, data, want):
