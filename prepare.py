@@ -83,7 +83,8 @@ DATA = "data"
 LONG = 1_000_000  # characters: a longer text is not read at once
 PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}
 # What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
-ODD = re.compile(CONTROLS.pattern + "|<|\\[[/gsA-Z]|{{|^\\s*[\\[{]|^version https|"
+ODD = re.compile(CONTROLS.pattern + "|<|\\[[/egsA-Z|]|]~b|{{|^\\s*[\\[{]|^version https|--> |\ufffd|"
+                 "&(?:#|nbsp|[lg]t|amp|quot)|\\\\u[0-9a-f]{4}|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
 
 

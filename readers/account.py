@@ -3,6 +3,11 @@ What became of a record: kept, with notes on its fields; or skipped, because it 
 """
 import collections
 import dataclasses
+import re
+
+
+# what a model thinks before it answers, under any name
+THOUGHT = re.compile(r"(^|[ _.])(cot|think|thinking|thoughts?|reason|reasoning|rationale)([ _]|$)", re.IGNORECASE)
 
 
 class Skip(Exception):
@@ -29,6 +34,7 @@ class Notes:
     ignored: dict = dataclasses.field(default_factory=dict)  # name → characters of text in it
     values: dict = dataclasses.field(default_factory=dict)  # name of an ignored field → hash of what it holds
     cut: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what was cut off → how often
+    noticed: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what is strange in it
     split: str = None  # "train" or "val", where the record asks for one
     named: frozenset = frozenset()  # what --fields has a name for
     names: set = None  # of a transcript: what begins its lines like a name, "Critic:", and is no known speaker
@@ -78,10 +84,13 @@ class Tally:
         many = max(share, 0.5) * self.transcripts
         return sorted(name for name, n in self.names.items() if n > max(many, 2))
 
-    def lost(self, share):
-        """Names of fields that hold more text than what is learned beside them, in more than this share of records."""
+    def lost(self, share, never=()):
+        """Names of fields that hold more text than what is learned beside them, in more than this share of records; or
+        whose names say that they are never to be ignored."""
         for names, group in self.groups.items():
-            lost = [name for name in names if not self.is_mark(name, group[name])]
-            if sum(group[name] for name in lost) > group["(learned)"] and group["(records)"] > share * self.records:
+            lost = [name for name in names if name in never or not self.is_mark(name, group[name])]
+            if sum(group[name] for name in lost) <= group["(learned)"]:
+                lost = [name for name in lost if name in never or THOUGHT.search(name)]
+            if lost and group["(records)"] > share * self.records:
                 return sorted(lost, key=lambda name: -group[name])
         return []

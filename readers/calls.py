@@ -1,8 +1,11 @@
 """
 Tools, and calls of them, as the text that a model reads and writes.
 """
+import ast
 import json
+import re
 
+DESCRIBED = ("description", "parameters", "input_schema")
 ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "kwargs")
 WRAPPER = {"id", "type", "index"}  # what stands beside a call and says nothing of it
 
@@ -12,10 +15,18 @@ def as_json(value):
 
 
 def from_json(value):
-    """The value that a text stands for as JSON, or the text itself."""
+    """The value that a text stands for as JSON, or as Python writes lists and objects into a .csv; or the text."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value)
     except (ValueError, RecursionError):
+        pass
+    try:
+        # between the objects of an array numpy writes a line break alone
+        is_literal = re.match(r"\s*[\[{]", value)
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "},{", value).strip()) if is_literal else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
 
 
@@ -34,6 +45,13 @@ def unwrapped(items):
     for item in items if isinstance(items, list) else [items]:
         inside = item.get("function") if isinstance(item, dict) else None
         yield inside if isinstance(inside, dict) and set(item) <= {"function", *WRAPPER} else item
+
+
+def are_objects(value, names):
+    """Whether a value is an object with a name and one of these fields, or a list of such, also as JSON text: a call of
+    a tool has arguments, a tool a description."""
+    items = list(unwrapped(value)) if isinstance(value, (dict, list)) or str(value).lstrip()[:1] in ("[", "{") else []
+    return bool(items) and all(isinstance(item, dict) and "name" in item and {*names} & {*item} for item in items)
 
 
 def call_tools(calls):

@@ -5,15 +5,16 @@ import itertools
 import re
 
 from readers.account import Drop, Skip
-from readers.calls import from_json, list_tools
-from readers.fields import ANSWER, CHOICE, CHOICES, CHOSEN, CONTENT, KNOWN, LETTERS, NOTHING, QUESTION, REASONING
-from readers.fields import SPEAKER, SYSTEM, THUMB, TOOLS, TURNS, as_list, as_text, brief, check_marks, filled, first
-from readers.fields import is_number, is_parts, note_rest, take, there
-from readers.turns import TRANSCRIPTS, message, read_turns, said, think
+from readers.calls import DESCRIBED, are_objects, from_json, list_tools
+from readers.fields import ANSWER, CHOICE, CHOICES, CHOSEN, CONTENT, KNOWN, LETTERS, NAN, NO, NO_WORDS, QUESTION
+from readers.fields import REASONING, SPEAKER, SYSTEM, THUMB, TOOLS, TURNS, YES, as_list, as_text, brief, check_marks
+from readers.fields import filled, first, is_number, is_parts, note_rest, says_nothing, take, there
+from readers.turns import TRANSCRIPTS, message, read_turns, said, think, turns_of, without_names
 
 
 # What stands before an answer in a text that holds it, too.
-GIVEN = re.compile(r"(答|输出|回复|Response|Answer|Output|Assistant)[^\n:：]{0,8}[:：]\s*$", re.IGNORECASE)
+GIVEN = re.compile(r"((答|输出|回复|Response|Answer|Output|Assistant)[^\n:：]{0,8}[:：]|(答案|answer) ?(是|为|is)|故选|####)\s*"
+                   "$", re.IGNORECASE)
 
 
 def until_answer(messages):
@@ -26,24 +27,27 @@ def until_answer(messages):
 def to_prompt(record, notes):
     """What comes before the answer: system, tools, history, and turns or a question."""
     if isinstance(record, str):
-        record = {"prompt": record}
+        is_dialogue = any(transcript.search(record) for transcript in TRANSCRIPTS)
+        record = {"text" if is_dialogue else "prompt": record}
     if isinstance(record, list):
         if record and all(isinstance(name, str) and name.lower() in KNOWN for name in record):
             raise Drop("a row of names")  # the head of a table
         record = {"messages": record}
     messages = []
-    system = take(record, notes, *SYSTEM)
-    if system is not None:
-        messages.append(message("system", as_text(system, "system")))
+    systems = dict.fromkeys(as_text(take(record, notes, name), name) for name in filled(record, SYSTEM)
+                            if not says_nothing(record[name]))
+    if systems:
+        messages.append(message("system", "\n".join(systems)))
     messages += read_turns(take(record, notes, "history"), "history", notes)
     turns = take(record, notes, *TURNS)
     if turns is None and not any(name in record for name in QUESTION):
         turns = take(record, notes, "data")
     if turns is not None:
-        messages += read_turns(turns, "messages", notes)
+        messages += [m for m in read_turns(turns, "messages", notes) if m["role"] != "system" or m not in messages]
     else:
         messages += read_question(record, notes)
-    tools = take(record, notes, *TOOLS)
+    others = [name for name in record if name not in KNOWN and are_objects(record[name], DESCRIBED)]
+    tools = take(record, notes, *TOOLS, *others)
     if tools is not None:
         if not messages or messages[0]["role"] != "system":
             messages.insert(0, message("system", ""))
@@ -57,13 +61,13 @@ def read_question(record, notes):
     messages = []
     texts = {}
     for name in QUESTION:
-        value = take(record, notes, name)
+        value = turns_of(take(record, notes, name))
         if is_texts(value):
             value = one_text(value, name, record)
-        if value in NOTHING and len(filled(record, QUESTION)) > 1:
+        if says_nothing(value) and len(filled(record, QUESTION)) > 1:
             notes.cut[f"{name} that says {value}"] += 1
             continue
-        if isinstance(value, (list, dict)):
+        if isinstance(value, list) or isinstance(value, dict) and filled(value, SPEAKER):
             messages += read_turns(value, name, notes)
         elif value is not None and as_text(value, name) not in texts.values():
             texts[name] = as_text(value, name)
@@ -87,7 +91,8 @@ def one_text(value, name, record):
     may be wordings of one question, or turns, and nobody knows."""
     while len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    is_beside = len(filled(record, QUESTION)) > 1 and all(isinstance(text, str) for text in value)
+    is_beside = name in ("context", "input") and len(filled(record, QUESTION)) > 1
+    is_beside = is_beside and all(isinstance(text, str) for text in value)
     if len(value) > 1 and not is_beside:
         raise Skip("several questions", f"{name} holds {len(value)} texts: wordings of one question, or turns? Write "
                    "one record for each, or messages: [{role: …, content: …}]")
@@ -138,11 +143,19 @@ def check_template(record, texts):
         return
     answer = answer.strip()
     ours = "answer" if filled(record, ANSWER) else "chosen"
+    theirs = filled(record, (*ANSWER, *CHOSEN))[0]
     for name, text in texts.items():
         others = [other for other in texts if other != name]
         is_whole = others and all(texts[other].strip() in text for other in others)
         names = ",".join(f"question:{other}" for other in others)
-        theirs = filled(record, (*ANSWER, *CHOSEN))[0]
+        for gap in re.findall(r"\{ ?(\w{4,}) ?\}", text):
+            if filled(record, [gap]):
+                fill = f".{gap} as $x | .{name} |= gsub(\"[{{]+ ?{gap} ?[}}]+\"; $x) | del(.{gap})"
+                raise Skip("a gap to fill in", f"{name} says {{{gap}}}, where {brief(record[gap])} belongs: "
+                           f"jq -c '{fill}' FILE > FILE.jsonl")
+        if ours == "answer" and len(text) >= 10 and answer.startswith(text + "\n"):
+            raise Skip("the answer holds its question", f"{theirs} begins with {name}: jq -c '.{name} as $x | "
+                       f".{theirs} |= ltrimstr($x)' FILE > FILE.jsonl cuts it off")
         if is_whole and text.rstrip().endswith((":", "：")):
             raise Skip("the question twice", f"{name} holds {', '.join(others)}, too: --fields={names},{ours}:{theirs} "
                        f"leaves {name} out, --fields=question:{name},{ours}:{theirs} takes it alone")
@@ -155,15 +168,17 @@ def check_template(record, texts):
 
 def read_answer(record, notes):
     """The answer to the question: the one field of ANSWER that is there."""
-    names = [name for name in filled(record, ANSWER) if record[name] not in ("nan", "NaN")]
+    names = [name for name in filled(record, ANSWER) if record[name] not in NAN]
     if not names:
         return []
     value = take(record, notes, *names)
+    whole = turns_of(value)
     for name in names:
         notes.used.add(name)
         if record[name] != value:
             questions = ",".join(f"question:{question}" for question in filled(record, QUESTION))
             raise Skip("two answers", f"{' and '.join(names)} differ: --fields={questions},answer:{name} learns {name}")
+    value = whole
     if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
         note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}
@@ -177,11 +192,12 @@ def read_answer(record, notes):
     if isinstance(value, list) and all(is_answer(answer) for answer in value):
         if len(value) > 1:
             ranked = ", best first? Then --kind=pairs ranks them" if not is_texts(first(record, QUESTION)) else ""
-            raise Skip("several answers", f"{names[0]} holds {len(value)}{ranked}")
+            raise Skip("several answers", f"{names[0]} holds {len(value)}{ranked}; or parts of one? Join them")
         value = value[0]
     if isinstance(value, (list, dict)):
         return read_turns(value, names[0], notes, "assistant")
-    parts = [think(take(record, notes, *REASONING)), as_text(value, names[0])]
+    text = as_text(value, names[0])
+    parts = [think(take(record, notes, *REASONING), text), text]
     asked = first(record, QUESTION)
     if isinstance(asked, str) and asked.rstrip().endswith((":", "：")):
         # "Human: … Assistant:" asks for the answer, which may go on in this way
@@ -201,11 +217,11 @@ def is_thumbs_down(record, notes):
     """Whether a record says of its one answer that it is bad: label false. 0 means this beside a completion alone;
     other records have classes of that name."""
     is_verdict = "completion" in record or "label" in notes.named
-    bad = ("false", "0", "0.0", "-1") if is_verdict else ("false",)
-    good = ("true", "1", "1.0") if is_verdict else ("true",)
+    bad = {*NO, *NO_WORDS, "-1"} if is_verdict else {"false"}
+    good = YES if is_verdict else {"true"}
     for name in filled(record, THUMB):
         word = str(record[name]).lower()
-        if word in good + bad:
+        if word in good | bad:
             notes.used.add(name)
             return word in bad
     return False
@@ -224,9 +240,9 @@ def to_conversation(record, notes):
                 if another not in messages:
                     raise Skip("two answers", "the question ends with an answer, and there is another: "
                                f"{brief(another['content'])}")
-        if not notes.named:
-            check_marks(record, notes.used | KNOWN - {*THUMB}, "", "label")
-    messages = [m for m in messages if m["content"] or m["role"] != "system"]
+        if not notes.named and any(m["role"] == "assistant" for m in messages):
+            check_marks(record, notes.used | KNOWN - {*THUMB}, "label")
+    messages = without_names([m for m in messages if m["content"] or m["role"] != "system"])
     # after an empty turn nobody knows who says what, and after the last answer there is nothing to learn
     before_empty = list(itertools.takewhile(lambda m: m["content"] or m["role"] == "tool", messages))
     if len(before_empty) < len(messages):

@@ -9,18 +9,19 @@ fields were used, and which were ignored.
 """
 import collections
 import itertools
+import re
 import sys
 
 from tqdm import tqdm
 
 from configurator import check
-from readers.account import Drop, Part, Skip, Tally
-from readers.chats import choice_fields
+from readers.account import THOUGHT, Drop, Part, Skip, Tally
+from readers.chats import choice_fields, is_texts
 from readers.fields import KNOWN, QUESTION, SYSTEM, TURNS, prose
 from readers.files import read_names
 from readers.markers import cut_at_markers, find_markers
 from readers.records import read_file
-from readers.schemas import convert, unfold
+from readers.schemas import convert, name_in, unfold
 
 UNCLEAR = ("no text field", "no question and answer", "no answer", "no question", "no ranked answers")
 
@@ -42,11 +43,12 @@ def read_odd(path, cfg, counts, done):
                     if skip.reason in UNCLEAR and isinstance(item, dict):
                         unknown["(records)"] += 1
                         for name, value in item.items():
-                            unknown[name if isinstance(value, str) else "(other)"] += prose(value)
+                            is_text = isinstance(value, str) or is_texts(value)
+                            unknown[name if is_text else "(other)"] += prose(value)
                     continue
                 tally.add(notes)
-                for reason, n in notes.cut.items():
-                    counts["cut", reason] += n
+                counts.update({("cut", reason): n for reason, n in notes.cut.items()})
+                counts.update({("noticed", reason): n for reason, n in notes.noticed.items()})
                 contents = [content]
                 markers = find_markers(content)
                 if markers and cfg.markers == "cut":
@@ -60,6 +62,9 @@ def read_odd(path, cfg, counts, done):
     for what, names in (("used", tally.used), ("ignored", tally.ignored)):
         for name, n in names.items():
             counts[what, path, name] += n
+    missing = [name for _, name in fields if not {name, name_in(tally.used, name).split(".")[0]} & {*tally.used}]
+    if missing and tally.records:
+        tqdm.write(f"note: no record of {path} has {', '.join(missing)}, which --fields names", file=sys.stderr)
     advise(path, unknown, cfg)
     check_ignored(path, tally, cfg)
     strangers = tally.strangers(cfg.max_skipped)
@@ -82,7 +87,7 @@ def advise(path, unknown, cfg):
     """Say which fields hold the text, judged from all records that could not be understood."""
     n = unknown.pop("(records)", 0)
     names = [name for name, characters in unknown.most_common(3) if characters > n]
-    if not names or names[0] == "(other)" or cfg.fields:
+    if not names or names[0] == "(other)" or cfg.fields or n == 1 and len(unknown) > 9:
         return
     hint = f"--fields=text:{names[0]} learns {names[0]}"
     if cfg.kind == "pairs":
@@ -90,6 +95,8 @@ def advise(path, unknown, cfg):
     elif cfg.kind != "text":
         hint = "--fields=question:…,answer:… says which is which"
     lengths = ", ".join(f"{name} ({unknown[name] / n:.0f} characters on average)" for name in names)
+    if path.lower().endswith((".csv", ".tsv")) and any(re.search(r"[\s\d，。？！]", name) for name in unknown):
+        hint += f". Are these no names? Write some above: sed -i '1i {'NAME,' * (len(unknown) - 1)}NAME' {path}"
     tqdm.write(f"note: most of the text of {path} is in {lengths}. {hint}", file=sys.stderr)
 
 
@@ -98,14 +105,22 @@ def check_ignored(path, tally, cfg):
     if cfg.fields or cfg.kind == "prompts":
         return
     exempt = () if cfg.kind == "text" else KNOWN - {*QUESTION, "history"}
-    lost = [name for name in tally.lost(cfg.max_skipped) if name not in exempt]
+    never = () if cfg.kind == "text" else QUESTION
+    lost = [name for name in tally.lost(cfg.max_skipped, never) if name not in exempt]
     used = [name for name in ["title", *SYSTEM, *QUESTION] if name in tally.used]
     used += sorted(KNOWN.intersection(tally.used) - {"split", *used})
     ours = "text" if cfg.kind == "text" else "system" if {*used} & {*TURNS} else "question"
     as_is = ",".join([*(f"{'text' if cfg.kind == 'text' else name}:{name}" for name in used),
                       *(f"{letter}:{name}" for letter, name in choice_fields(tally.used).items() if name not in used)])
-    more = "".join(f",{ours}:{name}" for name in lost)
-    verb = "learns them, too" if ours == "text" else "has the model read them"
-    check(not lost, f"{path}: {', '.join(lost)} would be ignored, with more text than what is learned "
-          f"({', '.join(used)}). --fields={as_is}{more} {verb}, --fields={as_is} leaves them out. (--max_skipped=1 goes "
-          "on, too)")
+    # fields inside of turns have no name that --fields could give
+    whole = [name for name in lost if name.split(".")[0] not in (*TURNS, *tally.used)]
+    more = "".join(f",{ours}:{name}" for name in whole)
+    hints = {f"--fields={as_is}{more}": "learns them, too" if ours == "text" else "has the model read them"}
+    if cfg.kind == "sft" and ours == "question":
+        hints = {} if any(map(THOUGHT.search, whole)) else hints
+        hints[f"--fields={as_is}{more.replace(',question:', ',reasoning:')}"] = "has it think so before it answers"
+    hint = "".join(f"{fields} {what}, " for fields, what in hints.items() if whole)
+    is_part = all(name in never or THOUGHT.search(name) for name in lost)
+    what = "and looks like a part of what is asked or thought" if is_part else "with more text than what is learned"
+    check(not lost, f"{path}: {', '.join(lost)} would be ignored, {what} ({', '.join(used)}). {hint}"
+          f"--fields={as_is} leaves them out. (--max_skipped=1 goes on, too)")

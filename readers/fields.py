@@ -1,11 +1,11 @@
 """
 The fields of a record: the names they have in data sets, and what a value holds.
 """
-import json
 import re
 
 from common.documents import clean
 from readers.account import Skip
+from readers.calls import from_json
 
 
 # The names that fields have in data sets. Of questions all that are there are joined, of answers there can be but one.
@@ -18,12 +18,14 @@ REJECTED = ("rejected", "reject", "response_rejected", "rejected_messages", "rej
 CHOICES = ("choices", "options", "choice", "option")  # of an exam, or fields A, B, C, D
 LETTERS = "ABCDEFGHIJ"
 CHOICE = re.compile(r"(?:option|choice|opt|op|选项)?[ _]?([a-j])", re.IGNORECASE)  # option_a, optionA, opa, 选项A
-NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<noinput>", "N/A")  # what programs write for an empty field
+NOTHING = {"nan", "none", "null", "noinput", "no input", "n/a", "\\n", "无输入"}  # what programs write for nothing
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tools", "functions")
 THUMB = ("label", "kto_tag")
 RANKING = ("responses", "ranks", "order", "scores")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+NAN = ("nan", "NaN", "\\N")  # those of them that are no answer
+MEDIA = re.compile("(^|_)(image|img|picture|photo|pixel|video|audio|wav)s?"
+                   "(_?(path|file|url|id|name|bytes|base64|values))?s?$", re.IGNORECASE)
 CHAT = {"history", "data", "answers", *RANKING, *SYSTEM, *QUESTION, *ANSWER, *TURNS, *CHOSEN, *REJECTED, *REASONING,
         *TOOLS, *THUMB, *CHOICES, *LETTERS}
 TEXT = {"text", "content", "completion", "title", "summary", "sections"}
@@ -40,7 +42,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "moss", "助手", "答", "a",
                      "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool")}
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "function response"), "tool")}
 
 
 def is_empty(value):
@@ -56,6 +58,19 @@ def is_blank(value):
     if isinstance(value, list):
         return all(is_blank(part) for part in value)
     return is_empty(value) or value is False
+
+
+def says_nothing(value):
+    """Whether a value is what programs write for nothing: nan, None, <noinput>, \\N."""
+    return isinstance(value, str) and value.strip("<>()（）.。 ").lower() in NOTHING
+
+
+def check_media(item, what):
+    """Raise Skip where pictures, films or sounds belong to the words."""
+    for name, value in item.items():
+        if MEDIA.search(str(name)) and not is_blank(value) and not is_number(value) and value is not True:
+            raise Skip("not text alone", f"the {what} has {name}, which a model of text cannot see. --fields=… learns "
+                       "what it names, without that")
 
 
 def filled(record, names):
@@ -112,10 +127,10 @@ def is_parts(value):
 def as_list(value, name):
     """The list in a field; in CSV files lists are JSON text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Skip("wrong type", f"{name} holds the text {brief(value)}, wanted a list") from None
+        text = value
+        value = from_json(text)
+        if value is text:
+            raise Skip("wrong type", f"{name} holds the text {brief(value)}, wanted a list")
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -130,30 +145,39 @@ def note_rest(item, known, notes, prefix=""):
 
 
 # Numbers that count or tell apart, and flags that say nothing of the answer.
-COUNTERS = re.compile("(^|_)(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
-                      "seed|temperature|offset|start|end|page|level|is_classification|human_verified|is_code_related|"
-                      r"column \d+|unnamed: \d+|index_level_\d+__)s?$",  # the last: row numbers, as pandas writes them
-                      re.IGNORECASE)
+COUNTERS = re.compile("(^|[_.])(id|idx|index|no|num|number|turn|round|step|time|timestamp|date|tokens|length|len|count|"
+                      "seed|temperature|offset|start|end|page|level|lang|language|country|distance|is_classification|"
+                      r"human_verified|is_code_related|column \d+|unnamed: \d+|index_level_\d+__)s?$|"  # pandas
+                      r"(^|[.])[a-z]id$|(?-i:[a-z]Id)$", re.IGNORECASE)
 NO = {"0", "0.0", "false"}
 YES = {"1", "1.0", "true"}
-NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete|wrong|invalid|flip|swap|revers", re.IGNORECASE)
+NO_WORDS = {"no", "off", "bad", "wrong", "incorrect", "rejected", "failed", "dislike", "thumbs_down", "thumbs down",
+            "差", "错", "否", "错误", "不好", "不合格"}
+NEGATIVE = re.compile("mask|ignore|skip|exclude|bad|delete|wrong|invalid|flip|swap|revers|toxic|redact|refus|spam",
+                      re.IGNORECASE)
 
 
-def check_marks(item, known, prefix, ours):
-    """Raise Skip where an unknown field says 0 or false beside an answer, or true where its name is a "no", or a list of
-    these for the turns: is the answer not to be learned?"""
+def check_marks(item, known, ours):
+    """Raise Skip where an unknown field says 0, false or "bad" beside an answer, or true where its name is a "no", or a
+    list of these for the turns: is the answer not to be learned?"""
+    marks = {name: value for name, value in item.items() if name not in known and not COUNTERS.search(name)}
     for name, value in item.items():
+        if isinstance(value, dict):
+            marks.update((f"{name}.{inner}", value[inner]) for inner in filled(value, WEIGHT))  # {"metadata": {…}}
+    for name, value in marks.items():
         words = {str(part).lower() for part in (value if isinstance(value, list) else [value])}
-        is_no = words & NO and words <= NO | YES or NEGATIVE.search(name) and words & YES and words <= NO | YES
-        if is_no and name not in known and not COUNTERS.search(name):
+        is_negative = NEGATIVE.search(name)
+        is_yes = is_negative and words & YES
+        is_no = words & NO and (not is_negative or "mask" in name)  # a mask of 0 may hide, or not
+        if words & {*NO_WORDS, "-1"} or (is_no or is_yes) and words <= NO | YES:
             hint = f"rename it {ours} (0: not learned), or take it out"
             if ours == "label":
                 named = ",".join(f"{field}:{field}" for field in filled(item, item) if field in KNOWN - {*THUMB})
-                hint = f"--fields={named},label:{name} leaves out those where it is 0, --fields={named} learns them all"
-                if isinstance(value, list):
-                    hint = f"write each into its turn, as weight; --fields={named} learns all turns"
-            raise Skip("unclear mark", f"{prefix}{name} is {value!r} beside an answer: is that not to be learned? "
-                       f"{hint}")
+                hint = f"--fields={named},label:{name} leaves out those where it is {value!r}"
+                hint = "take those out" if is_yes else hint
+                hint = "write each into its turn, as weight" if isinstance(value, list) else hint
+                hint += f"; --fields={named} learns them all"
+            raise Skip("unclear mark", f"{name} is {value!r} beside an answer: is that not to be learned? {hint}")
 
 
 def prose(value):
@@ -188,6 +212,9 @@ def there(record):
         names = f"the fields are {', '.join(map(str, record))}"
         for name, value in record.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
-                names += f" (are the records in {name}? Write them out: jq -c '.{name}[]' FILE > FILE.jsonl)"
+                # wherever they lie, with what stands beside them
+                place = f".[\"{name}\"]"
+                names += (f" (are the records in {name}? Write them out: jq -c '..|objects|select({place}|arrays)|"
+                          f"del({place})+{place}[]' FILE > FILE.jsonl)")
         return names
     return f"the record is a {'list' if isinstance(record, list) else 'text'}"

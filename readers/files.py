@@ -16,6 +16,10 @@ VAL_WORDS = ("val", "valid", "validation", "valset", "dev", "devel", "developmen
              "测试数据", "开发集")
 
 
+# what the datasets library writes beside the data, and says nothing
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
 def find_files(given, repeat=""):
     """[(path, split, how often to train on it)] of all readable files, sorted. given: a file, a folder, a pattern such
     as "corpus/*.jsonl", or several of these with commas between them."""
@@ -25,8 +29,8 @@ def find_files(given, repeat=""):
         for path in files_below(root):
             found.setdefault(path, root)
     readable = READERS if any(extension(path) in READERS for path in found) else (".bin",)  # token ids stand alone
-    paths = sorted(path for path in found if extension(path) in readable)
-    others = [path for path in found if extension(path) not in readable]
+    paths = sorted(path for path in found if extension(path) in readable and os.path.basename(path) not in ABOUT)
+    others = {*found} - {*paths}
     endings = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others}))
     check(paths, f"--input={given} has no file to read: wanted {' '.join(READERS)}, plain or with "
           f"{' '.join(UNPACKERS)}; found {len(found)} files with endings: {endings or '-'}")
@@ -63,7 +67,7 @@ def files_below(root):
 
     for folder, inside, names in os.walk(root, followlinks=True, onerror=fail_to_read):
         seen.add(os.path.realpath(folder))
-        inside[:] = [name for name in inside if not name.startswith(".")]
+        inside[:] = [name for name in inside if not name.startswith(".") and name != "__MACOSX"]
         for name in list(inside):
             path = os.path.join(folder, name)
             if os.path.realpath(path) in seen:

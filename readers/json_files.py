@@ -89,7 +89,7 @@ def read_json(raw, _):
         try:
             start = position
             record, position = DECODER.raw_decode(buffer, start)
-            closed = not is_array
+            closed = closed or not is_array
             if has_surrogates(buffer[start:position]):
                 record = DECODER.decode(repair(buffer[start:position], f.encoding))
         except Skip as e:

@@ -7,21 +7,30 @@ import collections
 import re
 
 MARKERS = re.compile(
-    r"<\|/?[A-Za-z0-9_ ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<</?SYS>>|</?(?:start|end)_of_turn>|<0x[0-9A-F]{2}>|"
-    r"<(?i:n|sop|bos|eos|eot|eod|eop|eoa|eoh|eom|eoc|eor|sos|pad|unk|sep|cls|mask)>|"
-    r"<(?:extra_id_|unused|reserved_|SPECIAL_)\d+>|\[unused\d+\]|"
+    r"<\|/?[^|<>\n]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<\[[^\[\]<>\n]{1,40}\]>|\[\|\w{1,20}\|\]|</?s>|<</?SYS>>|"
+    r"<0x[0-9A-F]{2}>|</?(?i:(?:start|begin|end)_?of_?\w{1,20})>|<\w{1,12}:[be]os>|<(?i:image|video|audio)>|"
+    r"<fim_\w{1,10}>|\[e~\[|\]~b\]|"
+    r"<(?i:n|sop|bos|eos|eot|eod|eop|eoa|eoh|eom|eoc|eor|sos|pad|unk|sep|cls|mask)(?:_TOKEN)?>|"
+    r"[<\[](?i:(?:extra_id|(?:tokens?_)?unused|reserved|special|ctrl)_?(?:token_)?)\d+[>\]]|"
     r"\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]|"
-    r"\[(?:gMASK|sMASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS|EOT|SOS)\]|"
+    r"\[(?:[gs]MASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS|EOT|EOD|SOS|eos|eot|eod)\]|"
     r"\{\{[A-Z_]+\}\}")  # the last: a name that is to be filled in
 
 
+# Letters that stand for others, or for nothing that is said.
+STAND_INS = {
+    "HTML such as &nbsp;": re.compile(r"&(?:#x?[0-9a-fA-F]{2,6}|nbsp|lt|gt|amp|quot);"),
+    "escapes such as \\u5e8a": re.compile(r"\\u[0-9a-f]{4}"),
+    "\ufffd (lost characters)": re.compile("\ufffd"),
+    "time codes of subtitles": re.compile(r" --> \d\d?:\d\d")}
+
+
 def find_markers(content):
-    """Counter of the markers in what convert() returns."""
-    if isinstance(content, str):
-        return collections.Counter(set(MARKERS.findall(content)))
+    """Counter of the markers, and of STAND_INS, in what convert() returns."""
     found = collections.Counter()
-    for text in [m["content"] for m in messages_of(content)] + answers_of(content):
+    for text in texts_of(content):
         found.update(set(MARKERS.findall(text)))
+        found.update(name for name, pattern in STAND_INS.items() if pattern.search(text))
     return found
 
 
@@ -41,6 +50,13 @@ def cut_at_markers(content, counts):
     answers = [cut(answer) for answer in answers_of(content)]
     if all(m["content"] or m["role"] == "tool" for m in messages) and all(answers):
         yield {"prompt": messages, "answers": answers} if answers else messages
+
+
+def texts_of(content):
+    """The text, or those of all messages and answers, in what convert() returns."""
+    if isinstance(content, str):
+        return [content]
+    return [m["content"] for m in messages_of(content)] + answers_of(content)
 
 
 def messages_of(content):

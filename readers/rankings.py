@@ -5,9 +5,9 @@ import re
 
 from readers.account import Drop, Skip
 from readers.chats import is_thumbs_down, to_prompt
-from readers.fields import ANSWER, CHOSEN, COUNTERS, KNOWN, NUMBER, RANKING, REJECTED, THUMB
+from readers.fields import ANSWER, CHOSEN, COUNTERS, KNOWN, NAN, NUMBER, RANKING, REJECTED, THUMB
 from readers.fields import as_list, as_text, brief, check_marks, filled, is_number, take, there
-from readers.turns import read_turns, said
+from readers.turns import read_turns, said, turns_of
 
 
 def read_ranks(record, prompt, notes):
@@ -31,8 +31,8 @@ def read_ranks(record, prompt, notes):
             raise Skip("no ranking", f"{len(answers)} responses; wanted as many numbers in ranks (lowest best), scores "
                        f"(highest best) or order (their places, best first): {there(record)}")
         return answers, ranks
-    chosen = take(record, notes, *CHOSEN)
-    rejected = take(record, notes, *REJECTED)
+    chosen = turns_of(take(record, notes, *CHOSEN))
+    rejected = turns_of(take(record, notes, *REJECTED))
     if chosen is None and rejected is not None and prompt and prompt[-1]["role"] == "assistant":
         chosen = prompt.pop()["content"]  # the conversation ends with the good answer
     if chosen is not None and rejected is not None:
@@ -79,12 +79,17 @@ def check_order(record, notes):
     """Raise Skip where a field may say that two answers are the other way round: a lower score of the chosen one, or an
     unknown mark."""
     about = {name for name in record if re.search("chosen|rejected|score|margin|gap", name)}
-    for name in about:
+    for name in {*record} - notes.used:
         score = record[name]
         other = record.get(name.replace("chosen", "rejected"))
-        if is_number(score) and is_number(other) and score < other:
-            raise Skip("no ranking", f"{name} is {score}, below {other} of the rejected answer")
-    check_marks(record, notes.used | about | KNOWN - {*THUMB}, "", "label")
+        if isinstance(score, list) and len(score) == 2 and all(map(is_number, score)):
+            score, other = score
+        is_below = is_number(score) and is_number(other) and score < other
+        if (is_below or str(score).lower() in ("tie", "tied")) and not COUNTERS.search(name):
+            named = ",".join(f"{field}:{field}" for field in filled(record, record) if field in KNOWN)
+            raise Skip("no ranking", f"{name} is {record[name]}, and that of a chosen answer should be above that of "
+                       f"the rejected one: take those out, or --fields={named} believes their names")
+    check_marks(record, notes.used | about | KNOWN - {*THUMB}, "label")
 
 
 def to_ranking(record, notes):
@@ -96,8 +101,8 @@ def to_ranking(record, notes):
     answers, ranks = read_ranks(record, prompt, notes)
     # answers that are the whole text from its beginning, after a prompt that asks for them: "…### Response:"
     begin = record.get("prompt")
-    is_begin = isinstance(begin, str) and begin.rstrip().endswith((":", "："))
-    is_begin = is_begin and all(isinstance(answer, str) and answer.startswith(begin) for answer in answers)
+    is_begin = isinstance(begin, str) and all(isinstance(answer, str) and answer.startswith(begin) and (
+        begin.rstrip().endswith((":", "：")) or answer[len(begin):len(begin) + 1].isspace()) for answer in answers)
     whole = []  # every answer at the end of its conversation, the best first
     by_rank = sorted(range(len(answers)), key=lambda i: ranks[i])
     for i in by_rank:
@@ -117,7 +122,7 @@ def to_ranking(record, notes):
                 raise Skip("answers to different prompts", "the prompt is not in what the answer begins with: "
                            f"{brief(texts)}")
         whole.append(turns)
-    if not all(turns and all(m["content"] for m in turns) for turns in whole):
+    if not all(turns and all(m["content"] for m in turns) and turns[-1]["content"] not in NAN for turns in whole):
         raise Skip("empty", "a question or an answer has no words")
     prompts = [turns[:-1] for turns in whole]
     if any(turns[:-1] != prompts[0] or turns[-1]["role"] != "assistant" for turns in whole):

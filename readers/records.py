@@ -5,8 +5,8 @@ Raw files to records: every file format and encoding there is.
         for where, record in read_file(path, raw):
             …                                          # a dict, a list, a text; or a Skip, where nothing can be read
 
-.txt .jsonl .json .csv .parquet, plain or as .gz .bz2 .xz .zst. A damaged file gives all records before the damage, and
-a broken record costs no other one. What the fields of a record mean is told by readers/schemas.py.
+.txt .jsonl .json .csv .parquet .arrow, plain or as .gz .bz2 .xz .zst. A damaged file gives all records before the
+damage, and a broken record costs no other one. What the fields of a record mean is told by readers/schemas.py.
 """
 import bz2
 import gzip
@@ -17,8 +17,9 @@ import re
 from configurator import check, fail
 from readers.account import Part, Skip
 from readers.encodings import open_text, repair
+from readers.fields import COUNTERS, KNOWN
 from readers.json_files import BROKEN, DECODER, read_json, read_jsonl, read_lines
-from readers.tables import read_csv, read_parquet
+from readers.tables import read_arrow, read_csv, read_parquet
 from readers.zstd import ZstdFile
 
 
@@ -38,6 +39,8 @@ def read_file(path, raw, txt_document="blank"):
     found = 0
     if raw.peek(40).startswith(b"version https://git-lfs"):
         fail(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from")
+    check(extension(path) in READERS, f"{path} ends in {extension(path) or 'nothing'}: give it the ending of what it "
+          f"holds, one of {' '.join(READERS)}")
     try:
         unpack = UNPACKERS.get(os.path.splitext(path.lower())[1])
         source = unpack(raw) if unpack else raw
@@ -97,14 +100,13 @@ def stem(path):
 
 
 def are_json(head):
-    """Whether the lines that a file begins with are JSON objects; the last of them may be cut off."""
+    """Whether the lines that a file begins with are JSON objects or lists; the last of them may be cut off."""
     lines = [line.strip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     whole = lines[:-1] or lines
-    if not lines or not all(line.startswith(b"{") for line in lines) or not all(line.endswith(b"}") for line in whole):
+    if not all(line[:1] in (b"{", b"[") for line in lines) or not all(line[-1:] in (b"}", b"]") for line in whole):
         return False
     try:
-        DECODER.decode(lines[0].decode(errors="replace"))
-        return True
+        return bool(lines and DECODER.decode(lines[0].decode(errors="replace")))
     except BROKEN:
         return False
 
@@ -127,6 +129,11 @@ def read_txt(raw, txt_document):
     if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"", head):
         raise Skip("JSON in a .txt", "it begins like an array of records: call the file .json")
     if txt_document == "blank":
+        names = re.split("[,;\t]", head.split(b"\n")[0].decode("utf-8-sig", "replace").strip().lower())
+        are_names = len(names) > 1 and all(name in KNOWN or COUNTERS.search(name) for name in names)
+        if are_names or re.match(rb"([^\s][^\t\n]*\t[^\t\n]*\S\r?\n){4}", head):
+            raise Skip("a table in a .txt", f"its first line is {' | '.join(names)[:80]}: call the file .csv, with "
+                       "names in the first line; --txt_document=line takes each line as it is")
         check_blank_lines(head)
     if txt_document == "blank" and re.search(rb"<\|endoftext\|>\s*?(\n|$)", head):
         txt_document = "marked"  # its documents say themselves where they end
@@ -160,4 +167,4 @@ def read_txt(raw, txt_document):
 
 READERS = {
     ".txt": read_txt, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
-    ".tsv": read_csv, ".parquet": read_parquet}
+    ".tsv": read_csv, ".parquet": read_parquet, ".arrow": read_arrow}

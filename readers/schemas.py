@@ -17,12 +17,13 @@ import re
 from common.documents import clean
 from readers.account import Notes, Skip
 from readers.chats import choice_fields, to_conversation, to_question
-from readers.fields import ANSWER, CHAT, CHOSEN, COUNTERS, KNOWN, LETTERS, MEDIA, QUESTION, SPEAKER, TEXT, TURNS
-from readers.fields import as_text, brief, filled, first, is_blank, is_empty, note_rest, there
-from readers.files import split_of
+from readers.fields import ANSWER, CHAT, CHOSEN, COUNTERS, KNOWN, LETTERS, QUESTION, SPEAKER, TEXT, TURNS
+from readers.fields import as_text, brief, check_media, filled, first, is_empty, is_number, note_rest, there
+from readers.files import VAL_WORDS, split_of
 from readers.rankings import to_ranking
 from readers.texts import to_text
 
+RATING = re.compile("score|rating|reward|quality|stars?$|grade|评分|得分|质量", re.IGNORECASE)
 CONVERTERS = {"text": to_text, "sft": to_conversation, "pairs": to_ranking, "prompts": to_question}
 
 
@@ -51,10 +52,10 @@ def convert(record, kind, fields=()):
         raise Skip("empty", brief(record))
     if isinstance(record, dict):
         if kind != "text" and not fields:
-            check_media(record)
-        if kind in ("sft", "pairs") and not fields:
+            check_media(record, "record")
             check_letter(record, content, notes)
         note_values(record, content, notes)
+        note_doubts(record, kind, notes)
     return content, notes
 
 
@@ -80,13 +81,18 @@ def check_choices(record, named, fields):
 
 def check_letter(record, content, notes):
     """Raise Skip where the answer is the letter of a choice, and what may be the choices is ignored."""
-    turns = content["prompt"] if isinstance(content, dict) else content[:-1]
-    question = turns[-1]["content"]
-    answer = content["answers"][0] if isinstance(content, dict) else content[-1]["content"]
-    if not re.fullmatch(f"[{LETTERS}]{{1,4}}", answer) or re.search(rf"(?<![A-Za-z]){answer[0]}(?![A-Za-z])", question):
+    turns = content["prompt"] if isinstance(content, dict) else content
+    answers = content["answers"] if isinstance(content, dict) else [str(first(record, ANSWER))]
+    if turns[-1]["role"] == "assistant":
+        *turns, answer = turns
+        answers = [answer["content"]]
+    letters = re.fullmatch(rf"(?:故?选|答案[是为:：]?)?\s*[(（]?([{LETTERS}]{{1,4}})[)）.。]?", answers[0].strip())
+    if not letters or re.search(rf"(?<![A-Za-z]){letters[1][0]}(?![A-Za-z])", turns[-1]["content"]):
         return
-    lists = [name for name in notes.ignored if isinstance(record.get(name), (list, dict))]
+    answer = answers[0]
     texts = [name for name in notes.ignored if isinstance(record.get(name), str) and not COUNTERS.search(name)]
+    lists = [name for name in notes.ignored if isinstance(record.get(name), (list, dict))
+             or name in texts and re.search(r"A\s*[.．、:：)）].*B\s*[.．、:：)）]", record[name], re.DOTALL)]
     if lists or len(texts) > 1:
         names = f"choices:{lists[0]}" if lists else ",".join(f"{letter}:{name}" for letter, name in zip(LETTERS, texts))
         asked = ",".join(f"{name}:{name}" for name in sorted(notes.used - {"split"}))
@@ -94,17 +100,9 @@ def check_letter(record, content, notes):
                    f"choices in {', '.join(lists or texts)}? --fields={asked},{names}; --fields={asked} goes without")
 
 
-def check_media(record):
-    """Raise Skip where pictures, films or sounds belong to the words."""
-    media = [name for name in MEDIA if not is_blank(record.get(name))]
-    if media:
-        raise Skip("not text alone", f"the record has {media[0]}, which a model of text cannot see. --fields=… learns "
-                   "what it names, without that")
-
-
 def note_values(record, content, notes):
     """Note how much is learned, and what is in the fields that are ignored. It is no loss where it only repeats what is
-    used, or where all answers stand in it again (the whole conversation, put together)."""
+    used, or where the whole conversation stands in it again, put together."""
     answers = [content] if isinstance(content, str) else []
     if isinstance(content, dict):
         answers = content["answers"]
@@ -112,21 +110,36 @@ def note_values(record, content, notes):
         answers = [m["content"] for m in content if m["role"] == "assistant"]
     notes.learned = sum(map(len, answers))
     everything = words(content)
+    turns = content["prompt"] if isinstance(content, dict) else content if isinstance(content, list) else []
+    asked = next((m["content"] for m in turns if m["role"] == "user"), "")
     for name, n in notes.ignored.items():
         value = record.get(name)
         if n and isinstance(value, str):
             text = clean(value).strip()
-            is_whole = content is not everything and answers and all(answer in text for answer in answers)
+            parts = [*answers, asked.split("\n")[0]]
+            is_whole = content is not everything and answers and all(part in text for part in parts)
             if text in everything or is_whole:
                 notes.ignored[name] = 0
-        notes.values[name] = hash(str(value)[:1000])
+        if name in record:
+            notes.values[name] = hash(str(value)[:1000])
+
+
+def note_doubts(record, kind, notes):
+    """Note fields that are ignored, and may say that an answer is bad, or that a record is to be held out."""
+    for name in {*map(str, record)} - notes.used:
+        value = record.get(name)
+        if kind == "sft" and RATING.search(name) and is_number(value):
+            notes.noticed[f"{name} beside answers, which are learned alike"] += 1
+        elif not notes.split and isinstance(value, str) and len(value) < 20 and value.lower() in VAL_WORDS:
+            notes.noticed[f"{name} that says {value} (--fields=…,split:{name} holds it out)"] += 1
 
 
 def note_split(record, named, fields, notes):
     """Note which split the record asks for; and with --fields, which of its fields were used under our names."""
     notes.split = split_of(named.get("split") or record.get("split"))
     if fields:
-        notes.used = {name_in(record, theirs).split(".")[0] for ours, theirs in fields if ours in notes.used}
+        used = {name_in(record, theirs) for ours, theirs in fields if ours in notes.used}
+        notes.used = {name if name in record else name.split(".")[0] for name in used} & {*record}
     if notes.split:
         notes.used.add("split")
 
@@ -172,13 +185,17 @@ def are_records(value):
     return all(isinstance(item, dict) and names & set(item) and not filled(item, SPEAKER) for item in value)
 
 
-def rows_of(record):
+def rows_of(record, kind):
     """The rows of a table as pandas writes it in one object: {columns, data: [[…], …]}; {name: {"0": …, "1": …}, …};
-    {"0": {name: …}, "1": …}. None where it is another object."""
+    {"0": {name: …}, "1": …}; of texts, {name: […], …}. None where it is another object."""
     if isinstance(record.get("columns"), list) and isinstance(record.get("data"), list):
         if all(isinstance(row, list) and len(row) == len(record["columns"]) for row in record["data"]):
             return [dict(zip(record["columns"], row)) for row in record["data"]]
     values = list(record.values())
+    size = len(values[0]) if values and isinstance(values[0], list) else 0
+    are_columns = all(isinstance(value, list) and len(value) == size for value in values)
+    if kind == "text" and size > 1 < len(values) and are_columns:
+        return [dict(zip(record, row)) for row in zip(*values)]
     if not values or not all(isinstance(value, dict) and value for value in values):
         return None
     if all(str(name).isdecimal() for name in record):
@@ -192,7 +209,7 @@ def rows_of(record):
 def unfold(record, kind):
     """The records that are kept in one: a list of documents (WuDao) or of records, also under data; a table; or
     {instruction, instances: [{input, output}]}."""
-    table = rows_of(record) if isinstance(record, dict) else None
+    table = rows_of(record, kind) if isinstance(record, dict) else None
     if table is not None:
         yield from table
         return

@@ -4,9 +4,10 @@ Tables: .csv, .tsv and .parquet, a record a row.
 import csv
 import re
 
-from readers.account import Skip
+from readers.account import Drop, Skip
 from readers.calls import without_nulls
 from readers.encodings import has_surrogates, open_text, repair
+from readers.fields import KNOWN
 
 
 def read_csv(raw, _):
@@ -53,6 +54,10 @@ def read_csv(raw, _):
             continue
         if not any(row.values()):
             continue  # Excel goes on with empty rows
+        cells = {name: str(value).strip().lower() for name, value in row.items() if value}
+        if all(value == name.lower() or len(cells) > 1 and value in KNOWN for name, value in cells.items()):
+            yield rows.line_num, Drop("a row of names")  # of another table, or below a title
+            continue
         more = row.get("more")
         if isinstance(more, list) and not any(more):
             del row["more"]  # separators at the end of a line
@@ -76,12 +81,23 @@ def columns(names):
     return names
 
 
+def read_arrow(raw, _):
+    """Arrow, as datasets.save_to_disk() and its cache write it: a stream of batches."""
+    import pyarrow.ipc
+    table = pyarrow.ipc.open_stream(raw)
+    yield from rows_of(table.schema, table)
+
+
 def read_parquet(raw, _):
     import pyarrow.parquet
     table = pyarrow.parquet.ParquetFile(raw)
-    columns(table.schema_arrow.names)
+    yield from rows_of(table.schema_arrow, table.iter_batches(batch_size=256))
+
+
+def rows_of(schema, batches):
+    columns(schema.names)
     number = 0
-    for batch in table.iter_batches(batch_size=256):
+    for batch in batches:
         for record in batch.to_pylist():
             number += 1
             yield f"row {number}", without_nulls(record)

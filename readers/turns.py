@@ -5,13 +5,13 @@ import re
 
 from common.documents import clean
 from readers.account import Skip
-from readers.calls import as_json, call_tools
-from readers.fields import ANSWER, CALLS, CONTENT, NO, NUMBER, QUESTION, REASONING, ROLES, SPEAKER, WEIGHT, YES
-from readers.fields import as_list, as_text, brief, check_marks, filled, first, is_parts, note_rest, there
+from readers.calls import ARGUMENTS, DESCRIBED, are_objects, as_json, call_tools, from_json, list_tools
+from readers.fields import ANSWER, CALLS, CONTENT, NO, NUMBER, QUESTION, REASONING, ROLES, SPEAKER, TOOLS, WEIGHT, YES
+from readers.fields import as_list, as_text, brief, check_marks, check_media, filled, first, is_parts, note_rest, there
 
 # Those who speak in a transcript are of one of these groups: "A:" between "Human:" and "Assistant:" is a part of what
 # they say, and "B:" after "Q:" and "A:" a choice.
-SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手|MOSS|System|Tool|Observation", "Q|A|B", "问|答",
+SPEAKERS = ("Human|User|用户|Assistant|Bot|GPT|AI|助手|MOSS|System|Tool|Observation|Function Response", "Q|A|B", "问|答",
             "Instruction|Response")
 # Who might speak, too, but as whom? Their words are not to be learned as another's.
 STRANGERS = ("Narrator|Observer|Customer|Agent|Client|Doctor|Patient|Teacher|Student|Interviewer|Moderator|"
@@ -25,7 +25,8 @@ def line_of(names):
 
 TRANSCRIPTS = [line_of(names) for names in SPEAKERS]
 STRANGER = line_of(STRANGERS)
-ANY_NAME = re.compile(r"^[ \t#<|]*([A-Z][a-z]{2,14}|[\u4e00-\u9fff]{2,4})[ \t|>]*[:：]", re.MULTILINE)
+ANY_NAME = re.compile(r"^[ \t#<|]*((?:[A-Z][A-Za-z]{2,14} ?){1,2}|[\u4e00-\u9fff]{2,4})[ \t|>]*[:：]", re.MULTILINE)
+SPOKEN = re.compile(r"\s*([^\s\d:：,，。][^\s:：,，。]{0,11})\s*[:：]\s*(.*)", re.DOTALL)  # a text that says who speaks
 SYSTEM_FIRST = line_of("System")
 NAME = re.compile(r"^\s*<\|\w+\|>\s*[:：]\s*")  # "<|Human|>: " before what is Human's anyway
 
@@ -84,9 +85,18 @@ def read_turns(value, name, notes, role=None):
     if isinstance(value, dict) and value and all(str(key).startswith("turn_") for key in value):
         value = list(value.values())  # MOSS: {"turn_1": {"Human": …, "MOSS": …}, …}
     messages = []
-    for turn in as_list(value, name):
+    turns = as_list(value, name)
+    spoken = [SPOKEN.match(turn) if isinstance(turn, str) else None for turn in turns]
+    if len(turns) > 1 and all(spoken) and any(speaker_of(part[1]) or STRANGER.match(part[0]) for part in spoken):
+        turns = [{"role": part[1], "content": part[2]} for part in spoken]  # ["User: …", "Bot: …"]
+    for turn in turns:
         if isinstance(turn, dict):
             messages += read_turn(turn, name, notes, role)
+        elif isinstance(turn, list) and any(isinstance(part, dict) for part in turn):
+            if len(turns) > 1:
+                raise Skip("several conversations", f"{name} holds {len(turns)} lists of turns: write one record for "
+                           "each")
+            messages += read_turns(turn, name, notes, role)
         elif isinstance(turn, list):
             is_spoken = len(turn) == 2 and all(isinstance(text, str) for text in turn)
             if is_spoken and turn[0].lower() in ROLES:
@@ -113,7 +123,9 @@ def read_turn(turn, name, notes, role=None):
         speakers = {key: speaker_of(key) for key in filled(turn, turn) if speaker_of(key)}
         if speakers:
             note_rest(turn, speakers, notes, f"{name}.")
-            return [message(speaker, NAME.sub("", as_text(turn[key], name))) for key, speaker in speakers.items()]
+            # tables sort their columns by name
+            in_order = sorted(speakers, key=lambda key: {"system": 0, "user": 1}.get(speakers[key], 2))
+            return [message(speakers[key], NAME.sub("", as_text(turn[key], name))) for key in in_order]
     role = ROLES.get(str(speaker).lower())
     if role is None:
         raise Skip("unknown role", f"{speaker!r} in {name}, {there(turn)}; wanted one of {', '.join(ROLES)}")
@@ -124,9 +136,22 @@ def read_turn(turn, name, notes, role=None):
         content = call_tools(content)
     elif role == "tool" and isinstance(content, (dict, list)):
         content = content if is_parts(content) else as_json(content)
-    # what a model thinks, says and calls are one text to learn, in this order
-    parts = [think(first(turn, REASONING)), as_text(content, name)]
-    parts += [call_tools(turn[key]) for key in filled(turn, CALLS)]
+    elif role == "assistant" and isinstance(turn.get("metadata"), str) and isinstance(from_json(content), dict):
+        content = call_tools([{"name": turn["metadata"], "arguments": content}])  # GLM-4 names the tool beside
+        turn = {key: turn[key] for key in turn if key != "metadata"}
+    if isinstance(content, list) and len(content) > 1 and all(isinstance(part, str) for part in content):
+        raise Skip("several texts", f"{name} holds a turn of {len(content)} texts: parts of one? Join them. Answers to "
+                   "choose from? Write one record for each")
+    if not notes.named:
+        check_media(turn, "turn")
+    # what a model thinks, says and calls are one text to learn, in this order; a tool may be called by any other name
+    calls = [key for key in turn if key in CALLS or role == "assistant" and key not in {*CONTENT, *SPEAKER}
+             and are_objects(turn[key], ARGUMENTS)]
+    tools = [key for key in turn if key in TOOLS or role == "system" and are_objects(turn[key], DESCRIBED)]
+    words = as_text(content, name)
+    parts = [think(first(turn, REASONING), words), words]
+    parts += [call_tools(turn[key]) for key in filled(turn, calls)]
+    parts += [list_tools(turn[key]) for key in filled(turn, tools)]
     text = "\n".join(part for part in parts if part)
     # there are answers to learn and answers to read, nothing between
     weights = [key for key in WEIGHT if str(turn.get(key)).lower() in YES | NO]
@@ -134,9 +159,9 @@ def read_turn(turn, name, notes, role=None):
     for key in filled(turn, WEIGHT):
         if key not in weights and not (NUMBER.fullmatch(str(turn[key])) and float(turn[key]) > 0):
             raise Skip("unclear mark", f"{name}.{key} is {turn[key]!r}: write 1 (learned) or 0 (not learned)")
-    used = {*SPEAKER, *CALLS, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
+    used = {*SPEAKER, *calls, *tools, *weights, *filled(turn, CONTENT)[:1], *filled(turn, REASONING)[:1]}
     if role == "assistant":
-        check_marks(turn, used, f"{name}.", "weight")
+        check_marks({f"{name}.{key}": turn[key] for key in turn if key not in used}, (), "weight")
     note_rest(turn, used, notes, f"{name}.")
     return [message(role, text, weight=int(is_learned))]
 
@@ -150,6 +175,24 @@ def speaker_of(key):
     return ROLES.get(key.lower())
 
 
-def think(reasoning):
-    """What a model thinks before it answers, as the text it writes; "" where it does not."""
-    return f"<think>\n{as_text(reasoning, 'reasoning').strip()}\n</think>\n" if reasoning else ""
+def turns_of(value):
+    """The turns that a text stands for as JSON or as Python writes them, in a .csv; any other value as it is."""
+    turns = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    is_list = isinstance(turns, list) and all(isinstance(turn, dict) and filled(turn, SPEAKER) for turn in turns)
+    return turns if is_list and turns else value
+
+
+def without_names(messages):
+    """Messages without the "User:" and "Assistant:" that all of them begin with."""
+    spoken = [SPOKEN.match(m["content"]) if m["role"] in ("user", "assistant") else True for m in messages]
+    for m, match in zip(messages, spoken):
+        if match is not True and not (match and match[2] and speaker_of(match[1]) == m["role"]):
+            return messages
+    return [m if match is True else {**m, "content": match[2]} for m, match in zip(messages, spoken)]
+
+
+def think(reasoning, text):
+    """What a model thinks before it answers with a text, as it writes it; "" where it does not, or the text says it."""
+    thought = as_text(reasoning, "reasoning").strip()
+    is_said = f"<think>{thought}" in re.sub(r"<think>\s+", "<think>", text)
+    return f"<think>\n{thought}\n</think>\n" if thought and not is_said else ""

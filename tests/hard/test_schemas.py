@@ -111,6 +111,7 @@ def test_preference_schemas(record, prompt, answers):
     ({"prompt": "问", "responses": ["甲", "乙"], "ranks": [1]}, "no ranking"),
     ({"prompt": "问", "responses": "[]"}, "no ranking"),
     ({"prompt": "问", "chosen": "好", "rejected": " "}, "empty"),
+    ({"prompt": "问", "chosen": "好", "rejected": "nan"}, "empty"),
     ({"chosen": "好", "rejected": "坏"}, "empty"),
     ({"chosen": messages("u:甲", "a:好"), "rejected": messages("u:乙", "a:坏")}, "answers to different prompts"),
 ])

@@ -111,7 +111,7 @@ def test_preference_schemas_of_the_field(record, prompt, answers):
      "thumbs up or down of one answer: --kind=sft learns the good ones"),
     ({"prompt": "问", "good": "好", "bad": "坏"}, "pairs", "--fields=chosen:…,rejected:…"),
     ({"question": "问", "answers": {"text": ["答"]}}, "sft", "no answer: the fields are question, answers; wanted"),
-    ({"version": 1, "data": [{"text": "诗"}]}, "text", "(are the records in data? Write them out: jq -c '.data[]' FILE"),
+    ({"version": 1, "data": [{"text": "诗"}]}, "text", "(are the records in data? Write them out: jq -c"),
     ({"ask": "问"}, "prompts", "the fields are ask; wanted messages, or one of instruction, prompt"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "sft",
      "messages holds image_url"),

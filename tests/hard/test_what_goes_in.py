@@ -66,6 +66,27 @@ def test_turns_that_call_and_return(called, result):
     assert got[1]["content"] == call_tools([call])
 
 
+@pytest.mark.parametrize("turn", [
+    {"content": "", "toolCalls": [{"name": "weather", "arguments": CITY}]},
+    {"content": "", "calls": {"name": "weather", "args": CITY}},
+    {"content": json.dumps(CITY), "metadata": "weather"},  # GLM-4
+])
+def test_calls_by_any_name(turn):
+    got, notes = convert({"messages": [*messages("u:天气？"), {"role": "assistant", **turn}]}, "sft")
+    assert got[1]["content"] == call_tools([{"name": "weather", "arguments": CITY}]) and not notes.ignored
+
+
+TOOL = {"name": "weather", "description": "查天气"}
+
+
+@pytest.mark.parametrize("record", [
+    {"available_tools": [TOOL], "messages": messages("u:问", "a:答")},
+    {"messages": [{"role": "system", "content": "", "functions": json.dumps([TOOL])}, *messages("u:问", "a:答")]},
+])
+def test_tools_by_any_name(record):
+    assert convert(record, "sft")[0][0]["content"] == list_tools([TOOL])
+
+
 def test_tools_lose_nulls_alone():
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}, "x": None}}}
     assert list_tools([tool]) == '<tools>\n{"name": "weather", "parameters": {"city": {"type": "string"}}}\n</tools>'
@@ -91,6 +112,7 @@ EXAM = messages("u:月亮？\nA. 一\nB. 二\nC. 三", "a:B")
     {"question": "月亮？", "option_a": "一", "option_b": "二", "option_c": "三", "answer": "B"},
     {"question": "月亮？", "选项A": "一", "选项B": "二", "选项C": "三", "answer": "B"},
     {"question": "月亮？", "options": [{"key": k, "value": v} for k, v in zip("ABC", "一二三")], "answer": "B"},
+    {"question": "月亮？", "options": "['一', '二', '三']", "answer": "B"},  # a list in a .csv of pandas
 ])
 def test_choices_are_a_part_of_the_question(record):
     got, notes = convert(record, "sft")
@@ -108,6 +130,7 @@ def test_ten_choices_and_words_that_begin_with_their_letter():
     ({"question": "月亮？", "candidates": ["一", "二", "三"], "answer": "B"}, "choices:candidates"),
     ({"question": "月亮？", "sol1": "一", "sol2": "二", "sol3": "三", "answer": "B"}, "A:sol1,B:sol2,C:sol3"),
     ({"question": "月亮？", "candidates": ["一", "二", "三"], "chosen": "B", "rejected": "A"}, "choices:candidates"),
+    ({"question": "月亮？", "candidate": "A. 一\nB. 二\nC. 三", "answer": "（B）"}, "choices:candidate"),
 ])
 def test_choices_of_an_unknown_name_are_asked_about(record, hint):
     kind = "pairs" if "chosen" in record else "sft"
@@ -118,6 +141,7 @@ def test_choices_of_an_unknown_name_are_asked_about(record, hint):
     got = [convert(record, kind, each)[0] for each in fields]
     prompts = [each["prompt"][0] if kind == "pairs" else each[0] for each in got]
     assert prompts == [EXAM[0], messages("u:月亮？")[0]]
+    assert skipped({**record, "answer": "B"}, "prompts").startswith("choices left out")
 
 
 def test_choices_are_not_left_out_by_fields():
@@ -137,11 +161,47 @@ def test_the_number_of_a_choice_is_asked_about():
     ({"input": ["甲问", "乙问"], "output": ["甲答", "乙答"]}, "sft"), ({"question": [["怎么吃", "用法"]], "answer": ["一次"]}, "sft"),
     ({"input": ["甲问", "乙问"], "output": ["甲答", "乙答"]}, "pairs"), ({"prompt": ["甲问", "乙问"]}, "prompts"),
     ({"prompt": ["甲问", "乙问"], "chosen": "好", "rejected": "坏"}, "pairs"),
+    ({"instruction": ["甲问", "乙问"], "input": "文", "output": "答"}, "sft"),
 ])
 def test_texts_in_a_question_never_take_turns(record, kind):
     said = skipped(record, kind)
     assert said.startswith("several questions") and "kind=pairs" not in said
     assert convert({"prompt": ["问"]}, "prompts")[0] == messages("u:问")
+
+
+@pytest.mark.parametrize("record,said", [
+    ({"messages": [*messages("u:问"), {"role": "assistant", "content": ["一", "二"]}]}, "several texts"),
+    ({"messages": [messages("u:问", "a:答"), messages("u:又问", "a:又答")]}, "several conversations"),
+    ({"dialogue": ["A: 问", "B: 答"]}, "unknown role: 'B'"), ({"conversation": ["客服：问", "顾客：答"]}, "unknown role: '客服'"),
+    ({"instruction": "总结", "input": {"question": "甲", "answer": "乙"}, "output": "答"}, "wrong type: input holds fields"),
+    ({"instruction": "翻译：{input}", "input": "月", "output": "moon"}, "a gap to fill in: instruction says {input}"),
+    ({"prompt": "一个很长很长的问题？", "completion": "一个很长很长的问题？\n答"}, "the answer holds its question"),
+    ({"messages": [{**messages("u:问")[0], "images": ["a"]}, *messages("a:答")]}, "not text alone: the turn has images"),
+    ({"img_path": "a.png", "question": "问", "answer": "答"}, "not text alone: the record has img_path"),
+])
+def test_what_turns_hold_is_not_guessed(record, said):
+    assert skipped(record, "sft").startswith(said)
+
+
+TURNS = messages("u:问", "a:答")
+
+
+@pytest.mark.parametrize("record,turns", [
+    ({"conversations": str(TURNS)}, TURNS), ({"prompt": str(TURNS[:1]), "completion": str(TURNS[1:])}, TURNS),
+    ({"messages": "[" + "\n ".join(map(str, TURNS)) + "]"}, TURNS),  # as numpy writes it
+    ({"messages": [TURNS]}, TURNS), ({"dialogue": ["用户：问", "助手：答"]}, TURNS),
+    ({"instruction": "Human: 问", "output": "Assistant: 答"}, TURNS), ("问：问\n答：答", TURNS),
+    ({"conversation": [{"output": "答", "input": "问", "system": "诗人"}]}, messages("s:诗人", "u:问", "a:答")),
+    ({"system": "诗人", "system_prompt": "短", "question": "问", "answer": "答"}, messages("s:诗人\n短", "u:问", "a:答")),
+    ({"system": "诗人", "messages": messages("s:诗人", "u:问", "a:答")}, messages("s:诗人", "u:问", "a:答")),
+    ({"messages": [TURNS[0], {**messages("a:<think>\n想\n</think>\n答")[0], "thinking": "想"}]},
+     messages("u:问", "a:<think>\n想\n</think>\n答")),
+    ({"question": "问", "answer": "答", "toxic": False, "skip": False}, TURNS),
+    ({"system": "None", "instruction": "问", "input": "<无输入>", "output": "答"}, TURNS),
+    ({"text": "USER: 问\nASSISTANT: 查\nFUNCTION RESPONSE: 晴\nASSISTANT: 晴天"}, messages("u:问", "a:查", "t:晴", "a:晴天")),
+])
+def test_turns_by_what_they_hold(record, turns):
+    assert convert(record, "sft")[0] == turns
 
 
 def test_nan_in_a_question_is_nothing():
@@ -159,6 +219,7 @@ def test_history_is_pairs():
     ({"instruction": "修船", "input": "木板", "output": "钉", "prompt": "指令：修船\n输入：木板\n输出：钉"}, "prompt"),
     ({"prompt": "问：" + POEMS[0] + POEMS[1], "completion": POEMS[0] + POEMS[1]}, None),
     ({"prompt": "一加一？\n答案：2", "completion": "2"}, None),
+    ({"prompt": "一加一？\n正确答案是2", "completion": "2"}, None),
 ])
 def test_a_question_with_its_answer_is_asked_about(record, leaves):
     said = skipped(record, "sft")
@@ -206,8 +267,12 @@ def test_a_prompt_that_its_answers_do_not_begin_with():
 
 
 @pytest.mark.parametrize("more,said", [
-    ({"chosen_score": 1, "rejected_score": 5.0}, "chosen_score is 1, below 5.0"), ({"label": 0}, "label is 0"),
+    ({"chosen_score": 1, "rejected_score": 5.0}, "chosen_score is 1, and that of a chosen answer should be"),
+    ({"label": 0}, "label is 0"),
     ({"flipped": True}, "flipped is True"), ({"is_right": False}, "is_right is False"),
+    ({"rating": [3.0, 9.0]}, "rating is [3.0, 9.0]"), ({"status": "tie"}, "status is tie"),
+    ({"better": "rejected"}, "is 'rejected'"),
+    ({"chosen_tokens": 3, "rejected_tokens": 9}, None),
     ({"margin": 0, "score_chosen": 1.0, "score_rejected": 0.0, "id": 0}, None),
 ])
 def test_marks_beside_two_answers(more, said):
@@ -243,7 +308,8 @@ def test_a_weight_that_is_none_is_asked_about(value):
     assert f"messages.loss is {value!r}" in skipped({"messages": turns}, "sft")
 
 
-@pytest.mark.parametrize("mark,value", [("is_good", False), ("quality", 0), ("use", "0"), ("masked", True), ("bad", 1)])
+@pytest.mark.parametrize("mark,value", [("is_good", False), ("quality", 0), ("use", "0"), ("masked", True), ("bad", 1),
+                                        ("learn", "no"), ("verdict", "incorrect"), ("评价", "差"), ("score", -1), ("toxic", True)])
 def test_an_unknown_mark_is_asked_about(mark, value):
     turns = messages("u:问", "a:答")
     turns[1][mark] = value
@@ -251,10 +317,10 @@ def test_an_unknown_mark_is_asked_about(mark, value):
     record = {"question": "问", "answer": "答", mark: value}
     said = skipped(record, "sft")
     # both pieces of advice work
-    drops, learns = re.findall("--fields=([^ ]*)", said)
+    *drops, learns = re.findall("--fields=([^ ]*)", said)
     assert convert(record, "sft", [tuple(item.split(":")) for item in learns.split(",")])[0] == messages("u:问", "a:答")
-    if value in (False, 0, "0"):
-        assert "thumbs down" in skipped(record, "sft", [tuple(item.split(":")) for item in drops.split(",")])
+    if value not in (True, 1):
+        assert "thumbs down" in skipped(record, "sft", [tuple(item.split(":")) for item in drops[0].split(",")])
 
 
 def test_a_list_of_marks_is_asked_about():
@@ -262,9 +328,19 @@ def test_a_list_of_marks_is_asked_about():
     assert "loss_mask is [0, 0] beside an answer" in said and "as weight" in said
 
 
-@pytest.mark.parametrize("name", ["id", "conversation_id", "index", "turn", "num_turns", "timestamp"])
+@pytest.mark.parametrize("name", ["id", "conversation_id", "index", "turn", "num_turns", "timestamp", "qid", "localId"])
 def test_numbers_that_count_are_no_marks(name):
-    assert convert({"question": "问", "answer": "答", name: 0}, "sft")[0] == messages("u:问", "a:答")
+    assert convert({"question": "问", "answer": "答", name: 0, "lang": "no"}, "sft")[0] == messages("u:问", "a:答")
+
+
+def test_doubts_are_noticed():
+    said = skipped({"messages": [*messages("u:问"), {**TURNS[1], "metadata": {"weight": 0}}]}, "sft")
+    assert "messages.metadata.weight is 0" in said
+    record = {"prompt": "问", "completions": ["一", "二"], "labels": [True, False]}  # nothing to mark
+    assert skipped(record, "sft").startswith("no answer")
+    notes = convert({"question": "问", "answer": "答", "rating": 1, "set": "test"}, "sft")[1]
+    assert sorted(notes.noticed) == ["rating beside answers, which are learned alike",
+                                     "set that says test (--fields=…,split:set holds it out)"]
 
 
 def test_speakers_of_a_transcript():
@@ -298,13 +374,15 @@ ROWS = [{"question": "甲问", "answer": "甲答"}, {"question": "乙问", "answ
 def test_tables_of_pandas(record):
     got = [convert(item, "sft")[0] for item in unfold(record, "sft")]
     assert got == [messages("u:甲问", "a:甲答"), messages("u:乙问", "a:乙答")]
+    assert list(unfold({"text": ["甲", "乙"], "id": [0, 1]}, "text")) == [{"text": "甲", "id": 0}, {"text": "乙", "id": 1}]
 
 
 def test_what_excel_adds(tok_file):
     with open("in/a.csv", "w", encoding="utf-8-sig", newline="") as f:
-        f.write("sep=;\r\nquestion;answer;\r\n\"问_x000D_\n吗\";答;\r\n;;\r\n;;\r\n")
+        f.write("sep=;\r\nquestion;answer;\r\n\"问_x000D_\n吗\";答;\r\n;;\r\nquestion;answer;\r\n;;\r\n")
     folder = run(tok_file, kind="sft", val_fraction=0.0)
-    assert folder.meta["read"] == 1 and folder.rows()[0] == render_chat(folder.tok, messages("u:问\n吗", "a:答"))[0]
+    assert folder.meta["dropped"] == {"a row of names": 1} and folder.meta["kept"] == 1
+    assert folder.rows()[0] == render_chat(folder.tok, messages("u:问\n吗", "a:答"))[0]
 
 
 def test_numbers_of_rows_and_rows_of_names(tok_file):
@@ -338,6 +416,18 @@ def test_nulls_of_parquet_are_nothing(tok_file):
     assert learned == [False, True] and "null" not in "".join(folder.learned())
 
 
+def test_a_folder_of_the_datasets_library(tok_file):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": POEMS})
+    with pyarrow.ipc.new_stream("in/data-00000-of-00001.arrow", table.schema) as f:
+        f.write_table(table)
+    for name in ("dataset_info.json", "state.json"):
+        write(f"in/{name}", [{"description": "说明", "text": "不是语料的一段文字"}])
+    os.mkdir("in/__MACOSX")
+    write("in/__MACOSX/a.jsonl", [{"text": "不是语料的一段文字"}])
+    assert run(tok_file).all_texts() == sorted(POEMS)
+
+
 # ---------------------------------------------------------------- advice
 
 
@@ -349,6 +439,15 @@ def test_nulls_of_parquet_are_nothing(tok_file):
     ("sft", lambda i: {"messages": messages(f"u:第{i}问", "a:对"), "background": f"第{i}天渔夫去了河边，天黑才回来。"}, "对<|im_end|>"),
     ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "label": i % 2}, "答7<|im_end|>"),
     ("sft", lambda i: {"question": f"第{i}问", "answer": f"答{i}", "response": f"另{i}"}, "另7<|im_end|>"),
+    # a passage that holds the answer is none the less a passage; a short thought is a part of the answer
+    ("sft", lambda i: {"question": f"第{i}问", "answer": "渔夫", "passage": f"第{i}天渔夫去了河边，天黑才回来。"}, "渔夫<|im_end|>"),
+    ("sft", lambda i: {"question": "问", "answer": f"很长很长的一个答{i}", "CoT": f"想{i}"},
+     "<think>\n想7\n</think>\n\n很长很长的一个答7<|im_end|>"),
+    ("sft", lambda i: {"instruction": "只说诗句，不说别的", "messages": messages(f"u:第{i}问", f"a:很长很长的一个答{i}")},
+     "很长很长的一个答7<|im_end|>"),
+    ("sft", lambda i: {"messages": [{**TURNS[0], "file": f"第{i}天渔夫去了河边，天黑才回来。"}, *messages(f"a:答{i}")]},
+     "答7<|im_end|>"),
+    ("text", lambda i: {"paragraphs": [f"床前明月光{i}，", "疑是地上霜。"], "id": i}, "床前明月光7，\n疑是地上霜。"),
 ])
 def test_advice_works(tok_file, capsys, kind, make, learned):
     """Whatever --fields a refusal proposes ends in a folder, and the first one learns what is meant."""
@@ -373,7 +472,9 @@ def test_categories_and_copies_are_no_loss(tok_file):
 
 
 @pytest.mark.parametrize("marker", [
-    "<|eot_id|>", "<|reserved_special_token_1|>", "<reserved_106>", "<EOS>", "[TOOL_CALLS]", "[/INST]", "<｜User｜>", "<0x0A>"])
+    "<|eot_id|>", "<|reserved_special_token_1|>", "<reserved_106>", "<EOS>", "[TOOL_CALLS]", "[/INST]", "<｜User｜>",
+    "<0x0A>", "<|begin▁of▁sentence|>", "<end_of_utterance>", "<endoftext>", "<EOS_TOKEN>", "<TOKENS_UNUSED_1>",
+    "[UNUSED_TOKEN_145]", "[|Human|]", "<[end▁of▁sentence]>", "<seed:bos>", "<fim_prefix>", "<image>", "[e~[", "<ctrl99>"])
 def test_control_tokens_of_the_field(marker):
     assert find_markers(f"月{marker}光") == {marker: 1} and not find_markers("月<b>光</b> [1] <|> a < b | c > d")
 
@@ -405,6 +506,28 @@ def test_links_patterns_and_several_paths(tok_file):
     assert run(tok_file, input="in/*.jsonl,other.jsonl", val_fraction=0.0).texts() == sorted(POEMS[1:3])
     with pytest.raises(SystemExit, match="--input=nothing/. does not exist"):
         run(tok_file, input="in,nothing/*")
+
+
+def test_letters_that_stand_for_others_are_noticed(tok_file):
+    ends = ["&nbsp;", "\\u5e8a", "\ufffd", "0:01,000 --> 0:02"]
+    write("in/a.jsonl", [{"text": poem + end} for poem, end in zip(POEMS, ends)])
+    assert len(run(tok_file).meta["noticed"]) == 4
+
+
+@pytest.mark.parametrize("data,want", [
+    ("\n\n".join(POEMS).encode("utf-32"), None),
+    ("\n\n".join(POEMS).encode().decode("latin-1").encode(), "UTF-8 written twice"),
+    ("id,text\n1,床前明月光\n".encode(), "a table in a .txt"), ("体育\t床前明月光\n".encode() * 9, "a table in a .txt"),
+    ("\n".join(json.dumps([poem]) for poem in POEMS).encode(), None),
+])
+def test_bytes_of_a_txt(tok_file, data, want):
+    with open("in/a.txt", "wb") as f:
+        f.write(data)
+    if want:
+        with pytest.raises(SystemExit, match=want):
+            run(tok_file)
+    else:
+        assert run(tok_file).all_texts() == sorted(POEMS)
 
 
 def test_a_txt_of_json_lines(tok_file):
