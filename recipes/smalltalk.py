@@ -7,8 +7,10 @@ Small talk for the quickstart's chat model: who it is, greetings, thanks, goodby
     tool_talks(rng, n)  records of conversations in which the model calls a tool and says what came back
     HELD_OUT            ways to ask who it is that are never trained on: recipes/poems_eval.py asks them
 
-A line of TALK: ways to ask, split at /, then ways to answer, split at /.
+A line of TALK: ways to ask, split at /, then ways to answer, split at /. In my.txt, the line 明月 = 小智 renames the model.
 """
+import re
+
 from configurator import check
 from readers.records import read_text
 
@@ -87,13 +89,20 @@ def conversations():
 
 
 def somebody_else(path):
-    """Read a file of lines as in TALK. Return its pairs, and those of ours that can stay beside them: they are not
-    asked there, and do not speak of 明月."""
+    """Read a file of lines as in TALK; its line 明月 = 小智 says the new name. Return its other pairs, and those of ours
+    that can stay beside them: they are not asked there, and speak of 小智 now. Without a new name, ours that speak of
+    明月 are left out."""
     theirs = read_pairs(read_text(path), path)
+    names = [answer for question, answer in theirs if question == NAME]
+    check(len(names) <= 1, f"{path}: {NAME} = {'/'.join(names)} gives several names, wanted one")
+    theirs = [(question, answer) for question, answer in theirs if question != NAME]
     asked = {question.strip("？。！") for question, _ in theirs}
+    ours = re.compile(f"{NAME}(?!光)")  # not that of 床前明月光
     rest = []
     for question, answer in conversations():
-        if question.strip("？。！") not in asked and NAME not in answer.replace("床前明月光", ""):
+        if names:
+            answer = ours.sub(names[0], answer)
+        if question.strip("？。！") not in asked and not ours.search(answer):
             rest.append((question, answer))
     return theirs, rest
 

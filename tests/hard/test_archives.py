@@ -157,6 +157,17 @@ def test_somebody_else(raw, tmp_path):
     assert not any(re.search("(是|叫)明月", text) for text in said)
     assert ("谢谢！", "不客气。") not in talks  # asked there, with another mark behind it
     assert sum("阿福" in text for text in said) > 1_000
+    # a new name alone: what speaks of 明月 stays, under that name; 床前明月光 is no name
+    path.write_text("明月 = 阿福\n", encoding="utf-8")
+    sft = read(poems.RECIPES["poems-sft"].write(str(raw), {"talk": str(path)}))
+    talks = {tuple(m["content"] for m in r["messages"]) for r in sft}
+    assert {("你叫什么？", "我叫阿福。"), ("我饿了", "那就去吃点东西吧。"),
+            ("你喜欢什么诗？", "我喜欢李白的《静夜思》：床前明月光，疑是地上霜。")} <= talks
+    assert not any(re.search("(是|叫)明月", text) for t in talks for text in t)
+    path.write_text("明月 = 阿福/阿贵\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="several names"):
+        smalltalk.somebody_else(str(path))
+    path.write_text("# 阿福\n你是谁？ = 我是阿福。\n", encoding="utf-8")
     there = smalltalk.somebody_else(str(path))
     path.write_bytes(path.read_bytes().decode().encode("gb18030"))
     assert smalltalk.somebody_else(str(path)) == there
