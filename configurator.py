@@ -43,16 +43,16 @@ def check(condition, message):
 
 
 def fail(message):
-    """Exit with an error. Under torchrun all processes come here for the same reason: rank 0 speaks for them."""
+    """Exit with an error. Under torchrun usually all processes come here for one reason; only rank 0 shall print it."""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
-        # If rank 0 fails too, torchrun ends this process while it waits. Else the fault is this rank's own.
+        # If rank 0 has failed too, torchrun ends this process within these seconds; else the error is this rank's own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         message = f"rank {rank}: {message}"
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
-        # torchrun closes with a report of its own; what stands in this file becomes the reason it gives
+        # at the end torchrun prints a report of its own, with the reason that it finds in this file
         error = f"error: {message}"
         reason = {"message": error, "extraInfo": {"py_callstack": error, "timestamp": int(time.time())}}
         with open(report, "w", encoding="utf-8") as f:
@@ -93,7 +93,7 @@ def run(main, Config, positional=None):
 
 
 def load_config(Config, argv=None, positional=None):
-    """Return a Config built from `argv` (default: sys.argv[1:]). positional: the field that a bare word fills."""
+    """Return a Config built from `argv` (default: sys.argv[1:]). positional: the field that a word without -- sets."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, positional))
@@ -127,19 +127,19 @@ def load_config(Config, argv=None, positional=None):
 
 
 def check_needs(cfg, from_file, from_words):
-    """Exit where a setting that was given changes nothing, by the NEEDS beside the script's Config: a name maps to what
-    must hold of the others, {"momentum": "optimizer == 'muon'"}."""
+    """Exit where a setting that was given would change nothing. NEEDS, beside the script's Config, says when: {name:
+    condition on other settings}, such as {"momentum": "optimizer == 'muon'"}."""
     needs = getattr(sys.modules[type(cfg).__module__], "NEEDS", {})
     for name, value in {**from_file, **from_words}.items():
         condition = needs.get(name, "True")
-        # what stands in a file may lose its sense by a word: momentum of config/poems.py with --optimizer=adamw
+        # the command line may make a setting of the file useless (--optimizer=adamw the momentum): that is no error
         outdated = name not in from_words and set(re.findall(r"\w+", condition)) & set(from_words)
         holds = outdated or eval(condition, {}, vars(cfg))
         check(holds, f"{name}={value} changes nothing unless {condition}. Set that, or leave {name} out")
 
 
 def run_file(path):
-    """Return {name: value} of what a Python file assigns."""
+    """Run a Python file; return {name: value} of what it assigns."""
     try:
         return runpy.run_path(path)
     except Exception as error:
@@ -160,16 +160,16 @@ def read_value(Config, key, value, where):
     words = WORDS.get(kind)
     allowed = None
     if get_origin(kind) is Annotated:
-        kind, words, allowed = get_args(kind)
+        kind, words, allowed = get_args(kind)  # as in Count: int, the wanted number in words, a test of the value
     error = f"{key} wants {words}, got {value!r} (from {where})"
     if isinstance(value, str) and kind is not str:
         try:
             value = float(value) if kind is float else ast.literal_eval(value.strip().title())  # true is True
         except (ValueError, SyntaxError, TypeError):
             fail(error)
-    # 0 and 1 may stand for False and True, but not the other way round; 1e5 is a fine int, 0.5 is not
-    taken = {bool: (bool, int), int: (int, float), float: (int, float), str: str}[kind]
-    check(isinstance(value, taken) and isinstance(value, bool) <= (kind is bool), error)
+    # accept 0 and 1 for False and True, but not True for 1 (in Python a bool is an int); 1e5 for an int, but not 0.5
+    accepted = {bool: (bool, int), int: (int, float), float: (int, float), str: str}[kind]
+    check(isinstance(value, accepted) and isinstance(value, bool) <= (kind is bool), error)
     try:
         same = kind(value)
     except (OverflowError, ValueError):  # int(nan), float(10 ** 400)

@@ -1,5 +1,5 @@
 """
-Raw files, or a named recipe, to a folder of tokens that the stages open with memmap.
+Turn text files, or those of a named recipe, into a folder of token ids, which the stages map into memory (memmap).
 
     python prepare.py poems                                            # a recipe: recipes/poems.py writes plain files
     python prepare.py my_data --input=corpus/                          # pretraining text, trains a tokenizer
@@ -14,11 +14,11 @@ in:  plain UTF-8, read here: .txt with a blank line between documents, or .jsonl
      everything else that people have: readers/ (other formats, encodings and fields, damaged files)
 out: data/<name>/{train,val}.{bin,mask,idx,group}  meta.json  tokenizer.model
 
-Two passes. The first reads and cleans all documents into one temporary file, and keeps 26 bytes of each in memory: its
-hash, its question's, where it ends, what it asks for. In the order of the hashes documents are shuffled, copies stand
-side by side, and the end is held out for validation (common/documents.py). The second pass tokenizes them in that order
-on all cores. So memory does not grow with the text, and neither the order of the files nor the number of workers
-changes the result.
+Two passes. The first reads and cleans all documents, writes them into one temporary file, and keeps 26 bytes of each in
+memory, among them its hash: a number that looks random, but is the same for the same text. Sorted by hash, documents
+are shuffled, equal ones are neighbours, and the last ones are held out for validation (common/documents.py). The second
+pass tokenizes them in that order, on all cores. So memory hardly grows with the text, and the result depends neither on
+the order of the files nor on the number of workers.
 """
 import collections
 import dataclasses
@@ -44,32 +44,32 @@ from tokenizer import train_tokenizer
 class Config:
     name: str = ""  # the folder data/<name> to write; without --input, the recipe of that name
     # input
-    input: str = ""  # files, folders (searched for files) and patterns, commas between them; *.bin: token ids
+    input: str = ""  # files, folders and patterns like corpus/*.txt, commas between them; *.bin: token ids
     kind: Literal["text", "sft", "pairs", "prompts"] = "text"  # sft: conversations; pairs: ranked answers; prompts: PPO
-    fields: str = ""  # our names for fields of the records: "text:story" or "question:ask,answer:reply"
-    txt_document: Literal["blank", "line", "file"] = "blank"  # where a document of a .txt ends: blank line, line, file
+    fields: str = ""  # our name:yours, for records with other fields: "text:story" or "question:ask,answer:reply"
+    txt_document: Literal["blank", "line", "file"] = "blank"  # what ends a document of a .txt: blank line, line, file
     repeat: str = ""  # "dialogues:4,recitals:2": train on the documents of these files (without ending) that often
-    poetry: str = ""  # recipes: the chinese-poetry tgz or checkout, where npm is missing
-    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which make it somebody else than 明月
+    poetry: str = ""  # recipes, without npm: the file chinese-poetry-2.0.1.tgz, or a folder with a copy of that project
+    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which say who the model is, in place of 明月
     # cleaning
-    markers: Literal["keep", "cut"] = "keep"  # control tokens of other models in a text: letters, or ends of it
-    min_length: Whole = 5  # characters, texts only; shorter ones are dropped
-    max_length: Count = 1024  # tokens, all but texts; longer conversations are cut after an answer
-    near_duplicates: Share = 0.0  # drop what shares so much with an earlier one; 0: off (readers/near_duplicates.py)
+    markers: Literal["keep", "cut"] = "keep"  # of "<|im_end|>" and the like in a text: keep the letters; cut the text
+    min_length: Whole = 5  # characters; shorter texts are dropped (kind text only)
+    max_length: Count = 1024  # tokens; longer conversations are cut after an answer (all kinds but text)
+    near_duplicates: Share = 0.0  # drop what shares this much with an earlier one; 0: off (readers/near_duplicates.py)
     max_skipped: Share = 0.05  # share of unusable records, unread bytes or unknown tokens above which the run stops
     # split
-    val_fraction: Share = 0.005  # of the documents; a record's own "split": "train" or "val" comes first
+    val_fraction: Share = 0.005  # of the documents without a "split" of their own, "train" or "val", are held out
     seed: int = 1337
     # tokenizer
     tokenizer: str = ""  # a vocabulary file or data folder; empty: train one on this text
-    vocab_size: Count = 16384  # of a trained one
+    vocab_size: Count = 16384  # of the tokenizer that is trained
     max_piece_length: Count = 16  # characters in a token, at most; 1: every character is a token
     # running
     workers: Whole = 0  # processes, 0: one a core
-    show: Whole = 0  # examples to print at the end (0: three); alone, those of an existing folder
+    show: Whole = 0  # examples to print at the end (0: three); without --input: only show those of an existing folder
 
 
-# settings that change nothing unless this holds
+# what must hold for a setting to change anything: configurator.py refuses it otherwise
 NEEDS = {
     "poetry": "not input",
     "talk": "name == 'poems-sft' and not input",
@@ -80,9 +80,9 @@ NEEDS = {
 
 
 DATA = "data"
-LONG = 1_000_000  # characters: a longer text is not read at once
-PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}
-# What no plain text has: control characters, control tokens of models, transcripts, JSON, pointers of Git LFS.
+LONG = 1_000_000  # characters; readers/ reads a longer text in parts
+PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}  # kind: fields
+# A text with one of these may not be plain: control characters, "<|im_end|>" and the like, "用户：" before a line, JSON
 ODD = re.compile(CONTROLS.pattern + "|<|\\[[/egsA-Z|]|]~b|{{|^\\s*[\\[{]|^version https|--> |\ufffd|"
                  "&(?:#|nbsp|[lg]t|amp|quot)|\\\\u[0-9a-f]{4}|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
@@ -92,7 +92,7 @@ ODD = re.compile(CONTROLS.pattern + "|<|\\[[/egsA-Z|]|]~b|{{|^\\s*[\\[{]|^versio
 
 
 def read_plain(path):
-    """Yield the records of a plain file. ValueError where it is none: readers/ goes on from there."""
+    """Yield the records of a plain file. ValueError where it turns out not to be plain: see read_file()."""
     with open(path, encoding="utf-8") as f:
         if path.endswith(".jsonl"):
             for line in f:
@@ -101,7 +101,7 @@ def read_plain(path):
             return
         head = f.read(LONG)
         if "\n\n" not in head or "<|endoftext|>" in head:
-            raise ValueError("no blank lines are the ends of its documents")
+            raise ValueError("its documents do not end at blank lines")
         f.seek(0)
         lines = iter(lambda: f.readline(LONG), "")
         for is_blank, block in itertools.groupby(lines, str.isspace):
@@ -109,28 +109,28 @@ def read_plain(path):
             for line in block:
                 text += line
                 if len(text) >= LONG:
-                    raise ValueError("a text this long is cut in parts")
+                    raise ValueError("too long for one document")
             if not is_blank:
                 yield {"text": text.strip()}
 
 
 def plain_object(pairs):
-    """A JSON object's dict. ValueError where a key stands twice, of which a dict would keep the last, unsaid."""
+    """The dict of a JSON object. ValueError where a key comes twice: dict() would keep the last one and not say so."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key comes twice")
     return dict(pairs)
 
 
 def plain_text(text):
-    """A text without anything odd, cleaned. ValueError: readers/ must look at it."""
+    """Return a text, cleaned. ValueError where something in it is ODD."""
     if not isinstance(text, str) or not text.strip() or ODD.search(text):
         raise ValueError("not plain")
     return clean(text)
 
 
 def plain_content(record, kind):
-    """What is learned of a record with exactly the fields of its kind: a text, messages, or a prompt and its answers,
-    the best first. ValueError, LookupError or TypeError: it has another form."""
+    """Return what is learned from a record: a text, messages, or a prompt and its answers, the best first. ValueError,
+    LookupError or TypeError where it does not have exactly the form that this script's docstring gives for its kind."""
     if not isinstance(record, dict) or set(record) - {"split"} != PLAIN[kind]:
         raise ValueError("other fields")
     if record.get("split") not in SPLITS:
@@ -141,7 +141,7 @@ def plain_content(record, kind):
         turns = record["messages"]
         messages = [{"role": turn["role"], "content": plain_text(turn["content"]).strip()} for turn in turns]
         roles = [turn["role"] for turn in turns if len(turn) == 2]
-        asked = roles[roles[0] == "system":]
+        asked = roles[roles[0] == "system":]  # without the system message: a comparison is 0 or 1
         if len(roles) < len(turns) or not asked or asked != ["user", "assistant"] * (len(asked) // 2):
             raise ValueError("another order of turns")
         return messages
@@ -155,8 +155,8 @@ def plain_content(record, kind):
 
 
 def read_file(path, cfg, counts):
-    """Yield (content, split it asks for) of each record that can be used."""
-    n_plain = 0
+    """Yield (content, its field "split" or None) of each record that can be used."""
+    n_plain = 0  # plain records so far
     is_plain = path.endswith(".jsonl") or path.endswith(".txt") and (cfg.kind, cfg.txt_document) == ("text", "blank")
     if is_plain and not cfg.fields:
         try:
@@ -169,14 +169,14 @@ def read_file(path, cfg, counts):
             return
         except (ValueError, LookupError, TypeError, RecursionError):
             pass
-    # from the first record on that is not plain
+    # something was not plain: readers/, which know many forms of files, go on after those n_plain records
     from readers.documents import read_odd
     yield from read_odd(path, cfg, counts, n_plain)
 
 
 def read_documents(files, cfg, counts):
-    """Yield (document as bytes, its question, split it asks for, how often to train on it). What is no text is written
-    as JSON."""
+    """Yield (document, question, split or None, how often to train on it), document and question as bytes. Documents of
+    kind sft, pairs and prompts are written as JSON. The question of a text is the text itself."""
     seen = None
     if cfg.near_duplicates:
         from readers.near_duplicates import Seen
@@ -190,7 +190,7 @@ def read_documents(files, cfg, counts):
             elif cfg.kind == "text":
                 yield content.encode(), content.encode(), own_split or split, times
             else:
-                # what answers one question is not to be divided among training and validation
+                # all documents with one question will go to one split: else validation would ask what was trained on
                 turns = content["prompt"] if cfg.kind == "pairs" else content
                 question = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
                 document = json.dumps(content, ensure_ascii=False)
@@ -198,11 +198,11 @@ def read_documents(files, cfg, counts):
 
 
 def read_all(files, cfg, counts, folder):
-    """Write all documents into one file; return their numbers in order, {"train": …, "val": …}."""
+    """First pass: write all documents into one file; return their numbers, in order: {"train": …, "val": …}."""
     documents = tqdm(read_documents(files, cfg, counts), "read", unit=" documents", disable=None)
     table = write_documents(documents, folder, cfg.seed)
 
-    # too much may be lost: records, or parts of files
+    # stop where too much is lost: records, or parts of files
     read = counts["read"]
     check(read, f"--input={cfg.input} holds no records: its files are empty")
     skipped = sum(reasons(counts, "skipped").values())
@@ -215,12 +215,12 @@ def read_all(files, cfg, counts, folder):
           f"max_skipped={cfg.max_skipped}): the damaged files are listed above. --max_skipped=1 goes on without them")
     check(len(table), f"nothing is left of {read:,} records. Dropped: {reasons(counts, 'dropped')}")
 
-    # one text, such as a novel, is not to be learned or held out as a whole
+    # a single text, such as a novel: train on its beginning, hold out its end
     is_single = len(table) <= counts["parts"] + 1 and not table["split"].any()
     if is_single and cfg.kind == "text" and cfg.val_fraction:
         return cut_in_two(folder, cfg.val_fraction)
     numbers = divide(table, cfg.val_fraction)
-    n_unique = len(numbers["val"]) + int((numbers["train"] < len(table)).sum())  # above are those of --repeat
+    n_unique = len(numbers["val"]) + int((numbers["train"] < len(table)).sum())  # higher numbers: copies (--repeat)
     counts["dropped", "duplicate"] = len(table) - n_unique
     counts["noticed", "repeated documents"] = len(numbers["val"]) + len(numbers["train"]) - n_unique
     asked = table["question"]
@@ -233,12 +233,12 @@ def read_all(files, cfg, counts, folder):
 
 
 def write_tokens(numbers, cfg, folder):
-    """Tokenize both splits and write their files. Return {split: counts}."""
+    """Second pass: tokenize both splits and write their files. Return {split: counts}."""
     from common.data import FILES  # only here, as it needs torch, which the workers do not
     for split in numbers:
         for name in FILES[cfg.kind]:
             with open(os.path.join(folder, f"{split}.{name}"), "wb") as f:
-                f.write(bytes(8 * (name == "idx")))  # offsets begin with a 0
+                f.write(bytes(8 * (name == "idx")))  # a new file: empty, but the offsets begin with a 0, of 8 bytes
     totals = {split: collections.Counter() for split in numbers}
     for split, out, counts in tokenize_all(numbers, cfg, folder):
         # a chunk counts its tokens and groups from 0: go on where the one before ended
@@ -264,8 +264,8 @@ def prepare(cfg):
     from readers.folder import new_folder
     check(re.fullmatch(r"[\w.-]*\w", cfg.name), f"the name {cfg.name!r} cannot be that of a folder in {DATA}/: use "
           "letters, digits, - and _")
-    check(cfg.kind == "text" or cfg.tokenizer, f"--kind={cfg.kind} needs the tokenizer of the model it is for: "
-          f"--tokenizer={DATA}/<its data>")
+    check(cfg.kind == "text" or cfg.tokenizer, f"--kind={cfg.kind} needs the tokenizer of the model that will learn "
+          f"from it. Name the data that model was pretrained on: --tokenizer={DATA}/NAME")
     folder = os.path.join(DATA, cfg.name)
     with new_folder(folder) as unfinished:
         build(cfg, unfinished)
@@ -275,7 +275,7 @@ def prepare(cfg):
 def build(cfg, folder):
     """Write all files of a data set into `folder`."""
     began = time.time()
-    files = [(cfg.input, None, 1)]
+    files = [(cfg.input, None, 1)]  # (path, split that it names or None, how often to train on it)
     if not os.path.isfile(cfg.input) or cfg.repeat:
         from readers.files import find_files
         files = find_files(cfg.input, cfg.repeat)
@@ -287,11 +287,11 @@ def build(cfg, folder):
         tok = open_vocabulary(cfg.tokenizer)
         tok.save(path)
     if files[0][0].endswith(".bin"):
-        # token ids already
+        # these are token ids already
         from readers.token_files import write_token_files
         totals = write_token_files([path for path, _, _ in files], cfg, tok, counts, folder)
     else:
-        # first pass: all documents in one file, in which order, and the vocabulary
+        # first pass: write all documents into one file, decide on their order, train the tokenizer
         numbers = read_all(files, cfg, counts, folder)
         documents = Documents(folder)
         if tok:
@@ -301,17 +301,17 @@ def build(cfg, folder):
             print("training the tokenizer", flush=True)
             texts = (documents[number] for number in numbers["train"])
             train_tokenizer(texts, path, cfg.vocab_size, max_piece_length=cfg.max_piece_length)
-        # second pass: tokens
+        # second pass: read them in that order, write tokens
         totals = write_tokens(numbers, cfg, folder)
         for leftover in ("documents", "documents.ends"):
             os.remove(os.path.join(folder, leftover))
     for split in totals:
         counts.update(totals[split])
     check(totals["train"]["documents"], f"nothing to train on: of {counts['read']} records "
-          f"{totals['val']['documents']} are held out, no other is left (--val_fraction=0 holds none out, but those "
-          f"that a file's name or a field split says). Dropped: {reasons(counts, 'dropped') or 'none'}")
+          f"{totals['val']['documents']} are held out, none is left (--val_fraction=0 holds none out, except those "
+          f"that ask for it by their file's name or field split). Dropped: {reasons(counts, 'dropped') or 'none'}")
 
-    # what there is to know about it
+    # meta.json: sizes, sources, what was dropped and why
     write_meta(folder, cfg, [path for path, _, _ in files], totals, counts, time.time() - began)
 
 
@@ -322,11 +322,11 @@ def main(cfg):
         show(folder, cfg.show)
         return
     if not cfg.input:
-        # recipes/poems.py writes the files of "poems" and of "poems-sft", and says how to prepare them
+        # recipes/poems.py has "poems", "poems-sft", …: each with a function that writes its files, and our settings
         module = f"recipes.{cfg.name.split('-')[0]}"
         is_there = re.fullmatch(r"recipes\.\w+", module) and importlib.util.find_spec(module)
         recipes = getattr(importlib.import_module(module), "RECIPES", {}) if is_there else {}
-        check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (in {module}: "
+        check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (recipes in {module}: "
               f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
         recipe = recipes[cfg.name]
         settings = {name: value for name, value in recipe.defaults.items() if name not in changed(cfg)}

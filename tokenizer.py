@@ -32,9 +32,9 @@ class Tokenizer:
     vocab_size counts the chat tokens. fingerprint is the sha256 of everything that decides the ids: data and weights
     belong together when their fingerprints are equal.
 
-    settings, of a vocabulary that comes with a model: the "rule" that cuts a text, "nfc" (accents are composed first),
-    "tokens" {name: id} that no text yields, "words" {name: id} that texts do yield (<think>), the tokens "start" that
-    open a document, the one that is its "end".
+    settings is empty for a vocabulary of ours. Another model's has: "rule", a regular expression that cuts a text into
+    words; "nfc", compose accents first; "tokens" {name: id}, which encode() never yields; "words" {name: id}, which it
+    does yield (<think>); "start", the tokens that begin a document; "end", the token that ends it.
     """
 
     def __init__(self, raw, encode, pieces, specials, rule="", dummy_prefix=False, unk_id=None, settings=None):
@@ -43,11 +43,11 @@ class Tokenizer:
         self.settings = settings or {}
         if settings:
             from readers.hf_tokenizer import follow
-            encode = follow(encode, settings)
+            encode = follow(encode, settings)  # first does what "nfc" and "words" ask for
             self.data = HEADER + json.dumps(settings, ensure_ascii=False).encode() + b"}\n" + raw
         self._encode = encode               # text -> ids of the base vocabulary
         self.pieces = dict(pieces)          # id -> bytes
-        self.rule = rule                    # the regular expression that cuts a text before pieces are merged
+        self.rule = rule                    # the regular expression that cuts a text before tokens are merged
         self.dummy_prefix = dummy_prefix    # whether encoding puts a space before the text
         self.unk_id = unk_id                # what unknown characters become; None: they are spelled in bytes
         self.words = self.settings.get("words", {})
@@ -55,7 +55,7 @@ class Tokenizer:
         end = self.settings.get("end", SPECIAL_TOKENS[0])
         names = (end, *SPECIAL_TOKENS[1:])
         size = 1 + max([*self.pieces, *specials.values(), *self.words.values()])
-        for name in names:                  # a foreign vocabulary gets the ones it lacks, after its own ids
+        for name in names:                  # chat tokens that another model's vocabulary lacks: ids after its own
             if name not in specials:
                 specials[name] = size
                 size += 1
@@ -78,7 +78,7 @@ class Tokenizer:
         return self._encode(text)
 
     def encode_start(self, text):
-        """Ids of a document's beginning, for a model to go on with: what opens a document, then the text."""
+        """Ids of a text that a model is to continue: the tokens that begin a document, then the text."""
         return self.start_ids + self.encode(text) or [self.eot_id]
 
     def decode_bytes(self, ids, skip_special=False):
@@ -87,8 +87,8 @@ class Tokenizer:
         return b"".join(self.pieces.get(int(i), b"\xef\xbf\xbd") for i in ids if int(i) not in special)
 
     def decode(self, ids, skip_special=False, is_start=True):
-        """The text of ids, without half a character at its end. is_start=False: it goes on with a text, so that its
-        first word keeps its space."""
+        """The text of ids, without half a character at its end. Where encoding puts a space before the text, it is
+        removed again; is_start=False: these ids continue a text, so a space before their first word belongs to it."""
         data = self.decode_bytes(ids, skip_special)
         text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(data)
         return text.removeprefix(" ") if is_start and self.dummy_prefix else text
@@ -99,8 +99,8 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids as they are generated. A Chinese character is often split over two or three tokens, so push() holds
-    back bytes until a character is whole; half a one is never shown. All pushes joined equal tok.decode() of the ids.
+    """Decodes ids as they are generated. A Chinese character may be split over two or three tokens, so push() keeps
+    bytes back until a character is whole. The results of all push() calls, joined, equal tok.decode() of all ids.
     """
 
     def __init__(self, tok, skip_special=False, is_start=True):
@@ -127,8 +127,8 @@ def is_learned(message):
 def render_chat(tok, messages, add_generation_prompt=False):
     """ChatML: `<|im_start|>role\\n…<|im_end|>\\n` a message, [{"role": …, "content": …}] in, (ids, mask) out.
 
-    mask is 1 on what the assistant learns to write, its words and the <|im_end|> that ends each of its turns, else 0;
-    and 0 on a message with "weight": 0.
+    mask is 1 on what the model learns to write: the assistant's words and the <|im_end|> that ends each of its turns
+    (unless the message has "weight": 0), else 0.
     Header and words are encoded apart, so a prompt made with add_generation_prompt is a prefix of the row to train on.
     """
     newline = tok.encode("\n")
@@ -148,8 +148,8 @@ def render_chat(tok, messages, add_generation_prompt=False):
 
 
 def render_document(tok, text):
-    """Ids of a document in the stream of documents that pretraining reads: its text, and what ends it and thereby opens
-    the next one, unless the vocabulary has other tokens for that."""
+    """Ids of a document as pretraining reads it: the text, then <|endoftext|>, which thus stands before the next
+    document. Some vocabularies have other tokens to begin a document: these come first."""
     opening = [] if tok.start_ids == [tok.eot_id] else tok.start_ids
     return opening + tok.encode(text) + [tok.eot_id]
 
@@ -158,11 +158,11 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
                     max_characters=4_000_000):
     """Train a byte-fallback BPE on the first `max_characters` of `texts` (give them shuffled) and write it to `path`.
 
-    Whatever is in the text comes back byte for byte: nothing is normalised, spaces and newlines are kept, characters
-    outside the vocabulary are spelled in bytes. character_coverage is the share of the text's characters that get a
-    piece of their own; it is lowered, down to 0.98, where these would leave less than a third of the vocabulary to
-    longer pieces. max_piece_length=1 makes every character a token, and the vocabulary all characters. A text too short
-    for vocab_size gives a smaller vocabulary.
+    These texts come back byte for byte: nothing is normalised, spaces and newlines are kept, and a character that is
+    not in the vocabulary becomes several tokens, its bytes. character_coverage: the most frequent characters, which
+    together are this share of the text, get a token of their own. It is lowered, down to 0.98, if less than a third of
+    the vocabulary would be left for longer pieces. max_piece_length=1: no longer pieces, every token is a character.
+    A text too short for vocab_size gives a smaller vocabulary.
     """
     lines = list(_training_lines(texts, max_characters))
     counts = collections.Counter()
@@ -171,18 +171,20 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
     if not counts:
         raise ValueError("there is no text to train a tokenizer on")
     n_characters = vocab_size if max_piece_length == 1 else vocab_size * 2 // 3
-    most_common = counts.most_common(max(n_characters - 266, 0))  # 266: bytes and the like
-    most = max(sum(n for _, n in most_common) / counts.total(), 0.98)
-    if character_coverage > most and max_piece_length > 1:
-        print(f"{vocab_size} tokens are few for {len(counts)} characters: character_coverage={most:.4f}")
+    # 266 tokens are no characters of the text: 256 bytes, <unk>, four special tokens, five user_defined_symbols
+    most_common = counts.most_common(max(n_characters - 266, 0))
+    possible = max(sum(n for _, n in most_common) / counts.total(), 0.98)
+    if character_coverage > possible and max_piece_length > 1:
+        print(f"{vocab_size} tokens are few for {len(counts)} different characters: the rarest may be spelled in bytes "
+              f"(character_coverage={possible:.4f})")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=min(character_coverage, most), hard_vocab_limit=False,
+            character_coverage=min(character_coverage, possible), hard_vocab_limit=False,
             byte_fallback=True, max_sentencepiece_length=max_piece_length, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
-            # the trainer drops "\n" and "\t" from its pieces, as they end its lines; a role name is one token, not ten
+            # always tokens: "\n" and "\t", which the trainer never learns, and role names, which every chat repeats
             user_defined_symbols=["\n", "\t", "system", "user", "assistant"],
             control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them
             unk_id=0, bos_id=-1, eos_id=1, eos_piece=SPECIAL_TOKENS[0], pad_id=2, pad_piece=SPECIAL_TOKENS[3],
@@ -196,7 +198,7 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
 
 
 def _training_lines(texts, max_characters):
-    """Lines of at most 1,000 characters: the trainer silently leaves out those over 4,192 bytes."""
+    """Yield lines of at most 1,000 characters: the trainer would leave out lines over 4,192 bytes without a word."""
     for text in texts:
         for line in text[:max_characters].split("\n"):
             for i in range(0, len(line), 1000):
@@ -207,7 +209,7 @@ def _training_lines(texts, max_characters):
 
 
 def load_tokenizer(path):
-    """Open the vocabulary of a data folder or a run: its tokenizer.model, or the folder that holds it."""
+    """Return the Tokenizer of a data folder or a run. path: its tokenizer.model, or the folder that holds it."""
     path = os.fspath(path)
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.model")
@@ -255,8 +257,8 @@ def _load_sentencepiece(data, settings, path):
     encode = sp.encode
     unk_id = sp.unk_id() if sp.piece_to_id("<0xE2>") == sp.unk_id() else None
     if sp.normalize(" a  b ") == "▁a▁▁b▁" and unk_id is None:
-        # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes.
-        # Only where all else is kept too; other vocabularies are to encode exactly as sentencepiece does.
+        # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes. Only
+        # for a vocabulary that keeps all else too, as ours do: others shall encode exactly as sentencepiece does.
         underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
 
         def encode(text):
@@ -270,7 +272,7 @@ def _load_sentencepiece(data, settings, path):
 
 
 def _load_ranks(data, settings, path):
-    """A rank file of tiktoken: a line a token, in base64, and its id. The pair of the lowest id merges first."""
+    """A rank file of tiktoken: each line a token in base64 and its id. The pair with the lowest id is merged first."""
     ranks = {}
     words = data.split()
     for token, rank in zip(words[::2], words[1::2]):

@@ -1,15 +1,15 @@
 """
-Documents to rows of tokens, on all cores: what the stages learn from, token by token.
+Turn documents into rows of tokens and their masks, which is what the stages learn from; on all cores.
 
-    render(tok, "sft", document, 1024, counts)           # [(ids, mask, the words that are learned)]
+    render(tok, "sft", document, 1024, counts)           # [(ids, mask, the text that is learned)]
     for split, arrays, counts in tokenize_all(numbers, cfg, folder):
         …                                                # {"bin": ids, "mask": …, "idx": …, "group": …} of some rows
 
     text     床前明月光…<|endoftext|>                                             one row, no mask: all is learned
     sft      <|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n      one row of a conversation
              0             0   0 0         0 0             0        0 1 1         0       its mask
-    pairs    the same for each answer to one prompt, the best first; the rows share the number of a group
-    prompts  <|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n                     the answer is yet to be written
+    pairs    such a row for each answer to a prompt, the best first; rows of one prompt have the same group number
+    prompts  <|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n                     the model will write the answer
 """
 import array
 import collections
@@ -30,10 +30,10 @@ CHUNK_BYTES = 4_000_000  # of text that a worker tokenizes at a time
 
 
 def render_conversation(tok, messages, max_length, counts):
-    """A row (ids, mask, the words that are learned); one that is too long ends behind the last answer that fits."""
+    """A row (ids, mask, the text that is learned). If it is too long, it is cut after the last answer that fits."""
     ids, mask = render_chat(tok, messages)
     if len(ids) > max_length:
-        # where a learned answer ends: <|im_end|>, then a line break
+        # where learned answers end: each with <|im_end|>, of mask 1, and a line break
         is_end = np.array(ids) == tok.im_end_id
         is_end &= np.array(mask, bool)
         ends = np.flatnonzero(is_end) + 1 + len(tok.encode("\n"))
@@ -51,15 +51,15 @@ def render_answers(tok, prompt, answers):
     head = len(render_chat(tok, prompt, add_generation_prompt=True)[0])
     for answer in answers:
         ids, mask = render_chat(tok, [*prompt, {"role": "assistant", "content": answer}])
-        mask[:head] = [0] * head  # earlier answers in the prompt are not judged
+        mask[:head] = [0] * head  # the prompt may contain earlier answers; only the last one counts
         rows.append((ids, mask, answer))
     return rows
 
 
 def render(tok, kind, document, max_length, counts):
-    """Rows (ids, mask, the text that counts as content) of one document; none where it does not fit."""
+    """Rows (ids, mask, the text in them) of one document; none where it is too long. What is cut is added to counts."""
     if kind == "text":
-        # however long it is: pretraining goes on with it in its next rows
+        # of any length: pretraining cuts the stream of all texts into rows
         return [(render_document(tok, document), [], document)]
     content = json.loads(document)
     if kind == "sft":
@@ -81,7 +81,7 @@ def render(tok, kind, document, max_length, counts):
     return fitting
 
 
-worker = {}  # what every process of the pool needs, set by start_worker()
+worker = {}  # cfg, tok and documents, in each process of the pool; set by start_worker()
 
 
 def start_worker(cfg, folder):
@@ -91,12 +91,12 @@ def start_worker(cfg, folder):
     parent = multiprocessing.parent_process()
     if parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-        # a killed parent cannot stop its workers, and they would wait for work for ever
+        # if the parent is killed, it cannot stop its workers: each watches it, and ends when it has ended
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize(chunk):
-    """Return (split, {file: array}, counts) of some documents; offsets and group numbers begin at 0."""
+    """Return (split, {file: array}, counts) of a chunk (split, numbers of documents); offsets and groups begin at 0."""
     split, numbers = chunk
     cfg = worker["cfg"]
     tok = worker["tok"]
@@ -111,13 +111,13 @@ def tokenize(chunk):
     for number in numbers:
         found = collections.Counter()
         rows = render(tok, cfg.kind, documents[number], cfg.max_length, found)
-        # a copy is no record of its own
+        # copies (numbers from len(documents) on) are not counted again
         if number < len(documents):
             counts.update(found)
             counts["kept"] += bool(rows)
-        # what the files will hold: one row after another, where each ends, and which rows belong together
+        # rows one after another, where each ends, and the group it belongs to
         for ids, mask, text in rows:
-            out["bin"].extend(ids)  # raises where an id does not fit
+            out["bin"].extend(ids)  # an id too large for id_type raises an OverflowError
             out["mask"].extend(mask)
             out["idx"].append(len(out["bin"]))
             out["group"].append(counts["groups"])
@@ -132,7 +132,7 @@ def tokenize(chunk):
 
 
 def id_type(tok):
-    """Ids of a vocabulary as an array of 2 or 4 bytes each."""
+    """The code of array.array for the ids of a vocabulary: 2 or 4 bytes each."""
     return "H" if tok.vocab_size <= 65_536 else "I"
 
 
@@ -154,7 +154,7 @@ def tokenize_all(numbers, cfg, folder):
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(n_workers, spawn, start_worker, (cfg, folder)) as pool:
-        # a few at a time, so that their tokens do not pile up in memory
+        # hand out a few chunks at a time, so that finished ones do not fill the memory
         for first in range(0, len(chunks), 4 * n_workers):
             for result in pool.map(tokenize, chunks[first:first + 4 * n_workers]):
                 yield result
