@@ -433,7 +433,7 @@ class MoE(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.scale
         # sort the N*k (token, expert) pairs by expert, so that each expert's tokens are one block
-        expert = chosen.view(-1)
+        expert = chosen.view(-1)                                                   # (N*k); pair j is of token j // k
         order = expert.argsort(stable=True)
         experts = torch.arange(len(self.bias), device=x.device)
         is_sent = expert[:, None] == experts                                       # (N*k, E)
@@ -460,20 +460,20 @@ class MoE(nn.Module):
 
 @torch.library.custom_op("mingyue::grouped_matmul", mutates_args=())
 def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
-    """x (N, C), weights (E, C, W) -> (N, W): the rows up to block_ends[i] (from block_ends[i - 1]) times weights[i].
+    """x (N, C), weights (E, C, W) -> (N, W): rows of block i, block_ends[i - 1] to block_ends[i] - 1, times weights[i].
 
-    F.grouped_mm as an operation of our own: torch.compile refuses it for fp32 and fp16, though it computes them well.
+    F.grouped_mm as a custom operation: torch.compile refuses the plain one in fp32 and fp16, which it can compute.
     """
     return F.grouped_mm(x, weights, offs=block_ends)
 
 
 @torch.library.custom_op("mingyue::grouped_outer", mutates_args=())
 def grouped_outer(x: torch.Tensor, grad: torch.Tensor, block_ends: torch.Tensor) -> torch.Tensor:
-    """x (N, C), grad (N, W) -> (E, C, W): the gradient of each block's matrix, x.T grad over the rows of the block."""
+    """x (N, C), grad (N, W) -> (E, C, W): the gradient of each matrix, x.T @ grad over the rows of its block."""
     return F.grouped_mm(x.T, grad, offs=block_ends)
 
 
-# What the compiler must know of an operation that it cannot look into: the shape of the result, and the gradient.
+# What the compiler must know of a custom operation: the shape of its result, and its gradient.
 @grouped_matmul.register_fake
 def matmul_shape(x, weights, block_ends):
     return x.new_empty(x.size(0), weights.size(2))
@@ -489,7 +489,7 @@ def save_for_grouped_backward(ctx, inputs, output):
 
 
 def grouped_backward(ctx, grad):
-    # y = x W in each block, hence dx = dy W' and dW = x' dy
+    # in each block y = x W, so dx = dy W' and dW = x' dy (' is transposed; grad is dy)
     x, weights, block_ends = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grouped_matmul(grad, weights.transpose(1, 2), block_ends)

@@ -1,10 +1,10 @@
 """
 What a run leaves on disk, its folder out/<run>/: ckpt.pt, best.pt, tokenizer.model, log.jsonl.
-Of a model in shards ckpt.pt is small, and names the folder that holds them (sharding.py).
+The ckpt.pt of a model in shards (sharding.py) has no weights: it names the folder that holds them.
 
     own(cfg, env)                                     before the loop: no other process writes to this folder
     catch_signals(env)                                Ctrl-C ends the run after a step, with a checkpoint
-    checkpoint = find(STAGE, SAME, cfg, env, …)       an earlier state of this very run, or None
+    checkpoint = find(STAGE, SAME, cfg, env, …)       what an earlier start of this run has saved, or None
     step, best_val = restore(checkpoint, …)           its weights, optimizers, step
     save("ckpt.pt", STAGE, cfg, env, step, …)         in the loop
     model, tokenizer, checkpoint = load_model(path)   elsewhere: a finished run
@@ -34,17 +34,17 @@ from tokenizer import load_tokenizer
 
 
 def own(cfg, env, base=""):
-    """Make this the only process that writes to cfg.out_dir, which must not be the run that it starts from (base).
-    The lock is released when the process ends, in whatever way."""
+    """Lock cfg.out_dir, so that no other process writes to it; the lock ends with this process, even if it is killed.
+    Exits where out_dir is the run that this one starts from (base)."""
     folder = base if os.path.isdir(base) else os.path.dirname(base)
     check(not base or os.path.realpath(folder) != os.path.realpath(cfg.out_dir), f"out_dir={cfg.out_dir} is the run "
           "that this one starts from, and would be overwritten. Choose another --out_dir")
-    check(cfg.min_lr <= cfg.lr, f"min_lr={cfg.min_lr} exceeds lr={cfg.lr}: the rate would rise to it. Give both")
+    check(cfg.min_lr <= cfg.lr, f"min_lr={cfg.min_lr} exceeds lr={cfg.lr}, from which the rate falls to it. Set both")
     if not env.is_main:
         return
     if cfg.warmup_steps > cfg.max_steps:
-        print(f"note: warmup_steps={cfg.warmup_steps}, but the run ends after {cfg.max_steps} and never reaches lr="
-              f"{cfg.lr}. Without --warmup_steps the warmup takes a tenth of it")
+        print(f"note: warmup_steps={cfg.warmup_steps}, but the run ends after {cfg.max_steps} steps and never reaches "
+              f"lr={cfg.lr}. Without --warmup_steps the warmup takes a tenth of the steps")
     os.makedirs(cfg.out_dir, exist_ok=True)
     try:
         import fcntl
@@ -58,7 +58,7 @@ def own(cfg, env, base=""):
 
 
 def catch_signals(env):
-    """Put the names of signals that ask this process to stop into env.signals; a second one ends it at once."""
+    """Note signals that ask this process to stop (Ctrl-C, kill) in env.signals; the same one again ends it at once."""
 
     def handler(number, frame):
         env.signals.append(signal.Signals(number).name)
@@ -66,15 +66,14 @@ def catch_signals(env):
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # what nohup has told us to ignore stays ignored
+        # nohup has made us ignore SIGHUP: leave it so
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def find(stage, same, cfg, env, model, tokenizer):
-    """Return the checkpoint in cfg.out_dir, where it is an earlier state of this run, or None where there is none.
-    Exits where it is another run's: of another stage, model, tokenizer, or with other values of the settings `same`.
-    The log is cut to that state."""
+    """Return the checkpoint in cfg.out_dir, if this run has saved one, else None. Exits if it is another run's: another
+    stage, model or tokenizer, or other values of the settings named in `same`. Later lines of the log are cut off."""
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     checkpoint = None
     if os.path.exists(path):
@@ -88,7 +87,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     total = all_sum([step], env)[0]
     check(total == step * env.world, f"rank {env.rank} finds step {step} in {path}, others find another: out_dir must "
           "be one folder that all machines share")
-    # cut log lines of later steps off, as these steps will be done again
+    # cut off log lines of later steps: these steps will be done again
     lines = log_lines(cfg)
     n_kept = checkpoint.get("log", len(lines)) if checkpoint else 0
     if env.is_main and len(lines) > n_kept:
@@ -98,7 +97,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     then = checkpoint["config"]
     now = dataclasses.asdict(cfg)
     check(then and (checkpoint["optimizers"] or checkpoint.get("shards")), f"{path} holds weights alone (imported or "
-          "merged): no run that could go on. Choose another --out_dir")
+          "merged), without the optimizers' state that a run needs to go on. Choose another --out_dir")
     theirs = identity(then, same, checkpoint["model_config"], checkpoint.get("lora"), checkpoint["fingerprint"])
     ours = identity(now, same, vars(model.config), getattr(model, "lora", None), tokenizer.fingerprint)
     different = [f"{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
@@ -108,7 +107,7 @@ def find(stage, same, cfg, env, model, tokenizer):
     if env.is_main:
         changes = {key: value for key, value in now.items() if then.get(key) != value}
         if checkpoint.get("data") != data_size(cfg):
-            changes["the data itself"] = "prepared anew"  # so the rows come in another order from now on
+            changes["the data itself"] = "prepared anew"  # from now on other rows, in another order
         print(f"resuming {path} at step {step} of {cfg.max_steps}; settings changed since: {changes or 'none'}")
         if step >= cfg.max_steps:
             print("it is finished: raise --max_steps, choose another --out_dir, or start again with --resume=False")
@@ -116,25 +115,25 @@ def find(stage, same, cfg, env, model, tokenizer):
 
 
 def identity(settings, same, model_config, lora, fingerprint):
-    """Return what makes a run this run: {name: value}."""
+    """Return the facts in which a checkpoint and a run that goes on from it must agree: {name: value}."""
     facts = {**vars(ModelConfig(**model_config)), "lora": lora, "tokenizer": fingerprint[:12]}
     for name in same:
         value = settings.get(name)
-        # one folder can be spelled in several ways
+        # realpath: data/x and data/../data/x are one folder
         facts[name] = os.path.realpath(value) if name in ("data_dir", "init_from") and value else value
-    # how a step is cut into micro-steps may change: its rows stay the same
+    # the product alone: how a step is cut into micro-steps may change, as its rows stay the same
     facts["batch_size * grad_accum"] = settings["batch_size"] * settings["grad_accum"]
     return facts
 
 
 def data_size(cfg):
-    """Bytes of the training tokens."""
+    """Bytes of the training tokens: if they differ, the data have changed."""
     path = os.path.join(cfg.data_dir, "train.bin")
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def restore(checkpoint, model, optimizers, env):
-    """Load what find() has found; return (step, lowest validation loss): (0, infinity) at the beginning of a run."""
+    """Load the checkpoint of find(). Return (step, lowest validation loss so far); (0, infinity) without checkpoint."""
     if checkpoint is None:
         return 0, math.inf
     if checkpoint.get("shards"):
@@ -143,7 +142,7 @@ def restore(checkpoint, model, optimizers, env):
         check(not is_shard(next(model.parameters())), "this run was saved whole: go on without --shard")
         model.load_state_dict(checkpoint["model"], strict=not checkpoint.get("lora"))
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # running averages come from the checkpoint; learning rate, decay and momentum from today's settings
+            # take the averages of gradients from the checkpoint; learning rate, decay and momentum from the settings
             state["param_groups"] = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty where matmuls were in bf16 or fp32
@@ -155,14 +154,14 @@ def restore(checkpoint, model, optimizers, env):
 
 
 def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
-    """Write out_dir/name with all that a run needs to go on, and the tokenizer beside it. extra: best_val, critic."""
+    """Write all that a run needs to go on to out_dir/name, and the tokenizer beside it. extra: best_val, critic."""
     weights = learned_weights(model)
     finite = all(weight.isfinite().all() for weight in [*weights.values(), *extra.get("critic", {}).values()])
     check(finite, f"after step {step} not all weights are finite, so they are not saved. Lower --lr (now {cfg.lr})")
     states = [optimizer.state_dict() for optimizer in optimizers]
     shards = ""
     if is_shard(next(model.parameters())):
-        # all processes write, each its part, to a folder that ckpt.pt will name
+        # each process writes its part of the model into a folder, which ckpt.pt will name
         from torch.distributed.checkpoint import save as save_shards
         shards = f"{name.removesuffix('.pt')}-{step}"
         save_shards({"model": weights, "optimizers": states}, checkpoint_id=os.path.join(cfg.out_dir, shards))
@@ -190,11 +189,11 @@ def save(name, stage, cfg, env, step, model, optimizers, tokenizer, **extra):
         **extra})
     for folder in os.listdir(cfg.out_dir):
         if re.fullmatch(rf"{name.removesuffix('.pt')}-\d+", folder) and folder != shards:
-            shutil.rmtree(os.path.join(cfg.out_dir, folder))  # an older checkpoint's
+            shutil.rmtree(os.path.join(cfg.out_dir, folder))  # shards of an older checkpoint
 
 
 def learned_weights(model):
-    """Return what of a model's state its checkpoint holds: all of it, or its adapters alone."""
+    """Return the weights that a checkpoint of the model holds: all, or its adapters alone."""
     if getattr(model, "lora", None):
         return adapters_of(model)
     return model.state_dict()
@@ -221,15 +220,15 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, shards_too=False):
-    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with what to do where there is none.
-    shards_too: also where its weights lie beside it, in the folder that it names as "shards"."""
+    """Return the dict in path (a ckpt.pt or the folder that holds one); exits with advice where there is none.
+    shards_too: accept one whose weights are in shards, in a folder beside it."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     check(os.path.isfile(path), f"no checkpoint at '{path}'. Train one first, or name another folder")
     try:
         # mmap: the processes of a machine share one copy of the file in its memory
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
-    except Exception as error:  # cut short, another format, or code where weights should be
+    except Exception as error:  # a file cut short, of another format, or with code in it (weights_only refuses that)
         check(False, f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of "
               "ours. Move it away; best.pt beside it, where there is one, is whole and can take its place")
     needed = {"stage", "model", "model_config", "fingerprint"}
@@ -254,9 +253,9 @@ def load_model(path, device="cpu"):
     weights = checkpoint["model"]
     if checkpoint.get("lora"):
         weights = with_base(checkpoint, folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # parameters without memory or numbers
         model = Transformer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(weights, strict=True, assign=True)  # the file's tensors themselves become the model's
+    model.load_state_dict(weights, strict=True, assign=True)  # assign: the file's tensors become the parameters
     model.trained_len = checkpoint.get("trained_len") or model.trained_len
     return model.to(device), tokenizer, checkpoint
 
@@ -264,7 +263,7 @@ def load_model(path, device="cpu"):
 def with_base(checkpoint, folder, prefix=""):
     """Return the weights of a checkpoint that holds adapters alone: they are added to those of another run.
 
-    prefix: what the names of the base's weights get in this model.
+    prefix: what stands before the names of the base's weights in this model ("trunk." in a reward model).
     """
     lora = checkpoint["lora"]
     base = os.path.normpath(os.path.join(folder, lora["base"]))
@@ -285,7 +284,8 @@ def load_reward_model(path, device="cpu", fingerprint=None):
     weights = checkpoint["model"]
     if checkpoint.get("lora"):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
-        # the trunk lies in the run that it started from, without a head over the vocabulary; the score's head is here
+        # the trunk's weights are those of the run that it started from, without the head over the vocabulary, plus the
+        # adapters; the head that gives the score is in this checkpoint
         weights = with_base(checkpoint, folder, "trunk.")
         weights.update({name: checkpoint["model"][name] for name in ("head.weight", "head.bias")})
         weights.pop("trunk.lm_head.weight", None)
@@ -295,7 +295,7 @@ def load_reward_model(path, device="cpu", fingerprint=None):
 
 
 def newest_run(stages, root="out"):
-    """Return the folder under root whose ckpt.pt is the newest of these stages'; exits where there is none."""
+    """Return the folder under root that has the newest ckpt.pt of one of these stages; exits where there is none."""
     files = []
     if os.path.isdir(root):
         for entry in os.scandir(root):

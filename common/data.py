@@ -31,12 +31,12 @@ FILES = {
 
 @dataclass(eq=False)
 class Split:
-    """One split of a data folder: memmaps, and its entry in meta.json. What a kind of data lacks is None."""
-    tokens: np.ndarray
-    mask: np.ndarray
-    idx: np.ndarray
-    group: np.ndarray
-    meta: dict
+    """One split of a data folder. An array whose file this kind of data does not have is None."""
+    tokens: np.ndarray  # memory-mapped .bin
+    mask: np.ndarray    # .mask
+    idx: np.ndarray     # .idx
+    group: np.ndarray   # .group
+    meta: dict          # the split's entry in meta.json: its numbers of tokens, documents, bytes, …
 
     def __len__(self):
         return len(self.idx) - 1
@@ -73,13 +73,14 @@ def open_data(folder, kind=None, fingerprint=None):
         check(False, f"{path} is damaged ({type(error).__name__}: {error}). Prepare the folder again")
     check(kind in (None, own_kind), f"'{folder}' holds data of kind {own_kind}, this stage reads {kind}")
     check(fingerprint in (None, own_fingerprint),
-          f"'{folder}' was made with tokenizer {own_fingerprint[:12]}, the model with {str(fingerprint)[:12]}"
-          ". Prepare the data with --tokenizer=<the run's folder>/tokenizer.model")
+          f"'{folder}' was made with tokenizer {own_fingerprint[:12]}, the model was trained with another one, "
+          f"{str(fingerprint)[:12]}. Prepare the data again with --tokenizer=<the model's folder>/tokenizer.model")
     return splits[0], splits[1], meta
 
 
 def map_split(folder, split, kind, id_type, meta):
     """Return the Split whose files lie in folder; exits where one is missing or of another size than meta says."""
+    # {file: (dtype, number of entries)}
     layout = {
         "bin": (id_type, meta["tokens"]),
         "mask": (np.dtype(np.uint8), meta["tokens"]),
@@ -123,9 +124,9 @@ def shuffled(n, first, count, seed):
 
 
 def pad(documents, pad_id, device="cpu"):
-    """Right-pad documents [(ids, mask), …] to the longest; return ids and mask, (B, T) each.
+    """Right-pad documents [(ids, mask), …] to the longest; return ids and mask, (B, T) each. ■ is pad_id:
 
-    Causal attention never looks at the padding behind a row, so it needs no attention mask:
+    In causal attention a token sees only earlier ones, so never the padding at a row's end: no mask is needed for that.
 
         ids   床 前 明 月 光 ■ ■          mask   0 0 1 1 1 0 0
               举 头 望 明 月 思 乡               0 0 0 1 1 1 1

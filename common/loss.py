@@ -192,26 +192,26 @@ def score_answers(net, ids, mask, env):
 
 
 def softmax_nll(logits, target):
-    """logits (N, V), target (N, 1) -> nll (N) and its gradient softmax - onehot (N, V), in the dtype of the logits."""
+    """logits (N, V), target (N, 1) -> nll (N), -log softmax at the target; its gradient (N, V), softmax - onehot."""
     logps = logits.float().log_softmax(-1)
     nll = -logps.gather(1, target).squeeze(1)
     column = torch.arange(logits.size(1), device=logits.device)
-    onehot = (column == target).float()
+    onehot = (column == target).float()                                            # (N, V)
     gradient = logps.exp() - onehot
     return nll, gradient.to(logits.dtype)
 
 
 @functools.cache  # made when it is first asked for: torch's compiler takes seconds to import
 def compiled_softmax_nll():
-    """softmax_nll in one pass over the logits instead of six."""
+    """softmax_nll, compiled: it reads the logits from memory once instead of six times."""
     return torch.compile(softmax_nll, dynamic=True)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk, with its gradient.
+    """sum(weights * cross entropy(x @ head.T, targets)), chunk by chunk; x (N, C), head (V, C), targets, weights (N).
 
-    Per token d loss / d logits = weight * (softmax - onehot). It is computed in the forward pass, beside the loss: so
-    the logits need not be kept for the backward pass, and are not computed twice.
+    With g = d loss / d logits = weights * (softmax - onehot), (N, V), the gradients are dx = g @ head, dhead = g.T @ x.
+    forward() computes them beside the loss: so the logits are not kept for backward(), and not computed twice.
     """
 
     @staticmethod
@@ -222,20 +222,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_head = torch.zeros_like(head) if with_grad else None
-        # 1/N is too small for fp16: matmuls use weights divided by the largest one, and fp32 multiplies by it again
+        # weights, such as 1/N, are too small for fp16: use weights / largest in the matmul, then multiply in fp32
         scale = weights.amax().clamp(min=1e-30)
         relative = weights / scale
         size = chunk_size(len(head), x.device)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             inputs = x[part].to(dtype)                                             # (rows, C)
-            # the logits get no name here: a name would keep them while the next chunk's are made
+            # the logits get no name here: a name would keep their memory while the next chunk's are computed
             nll, grad = nll_and_gradient(                                          # (rows), (rows, V)
                 F.linear(inputs, rounded_head),
                 targets[part].clamp(min=0)[:, None])
             loss += (weights[part] * nll).sum()
             if with_grad:
-                # multiply the C channels of a row by its weight: cheaper than its V logits
+                # grad lacks the weights: multiply rows of C numbers by them, which is cheaper than rows of V numbers
                 grad_x[part] = (grad @ rounded_head) * weights[part, None]
                 weighted = (inputs * relative[part, None]).to(dtype)
                 grad_head += (grad.T @ weighted).float() * scale
@@ -245,7 +245,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # both are computed already; grad_loss is one number, the factor on the loss
+        # both are computed already; grad_loss is one number: by what the caller has multiplied the loss
         grad_x, grad_head = ctx.saved_tensors
         grad_x = grad_x * grad_loss.to(grad_x.dtype)
         return grad_x, grad_head * grad_loss, None, None, None, None

@@ -8,19 +8,19 @@ from common.data import open_data, pad, shift, shuffled
 from common.loss import token_logps
 from configurator import check
 
-PIECE = 128  # tokens of a text that are mixed in as one row
+PIECE = 128  # tokens of a text that make one row
 
 
 def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
-    """Open the data that a preference stage mixes in: conversations (kind sft) or text, of one folder or of several
-    with commas between them. Return their training splits."""
+    """Open the data to mix in: conversations (kind sft) or text, of one folder or of several with commas between them.
+    Return their training splits."""
     check(n_rows % env.world == 0, f"ptx_rows={n_rows} must be a multiple of the {env.world} processes")
     splits = []
     for folder in folders.split(","):
         train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
         check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
         if train.idx is None:
-            train.idx = np.arange(0, len(train.tokens), PIECE)  # as if each piece of a text were a document
+            train.idx = np.arange(0, len(train.tokens), PIECE)  # treat each piece of a text as a document
         longest = np.diff(train.idx).max(initial=0)
         check(0 < longest <= max_seq_len, f"{folder} has {len(train.tokens)} tokens, in rows "
               f"of up to {longest}; wanted are rows of at most the {max_seq_len} that the model sees, and more tokens "
@@ -30,8 +30,7 @@ def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
 
 
 def mixed_rows(splits, number, n_rows, seed, pad_id, env):
-    """The rows of batch `number` that a preference stage mixes in, so that it does not forget what came before
-    (PPO-ptx, InstructGPT, eq. 2): conversations, or pieces of a text. The splits take turns.
+    """The rows of batch `number` to mix in: conversations, or pieces of a text. Each batch is of one split, in turn.
 
     Return inputs, targets, weights, each (rows of this process, T); the weights sum to 1 over all processes.
     """
@@ -52,7 +51,7 @@ def learn_mixed(net, model, splits, number, cfg, pad_id, env):
     """Add the gradients of ptx_coef * loss to p.grad, where those of the stage's own loss will be added to them; return
     the loss: the mean -log p of the learned tokens of batch `number`, of which this process has its share."""
     x, y, weights = mixed_rows(splits, number, cfg.ptx_rows, cfg.seed, pad_id, env)
-    net.require_backward_grad_sync = False  # processes average when the stage's own loss goes backward
+    net.require_backward_grad_sync = False  # processes average gradients later, in backward() of the stage's own loss
     with env.autocast():
         logps = token_logps(net(x), model.head_weight, y, weights)
     # processes will average their gradients, that is, divide by their number: so multiply by it

@@ -1,20 +1,20 @@
 """
-Best of N: the plainest use of a reward model, without any training. Ask N times, keep the answer that scores highest
+Best of N: the simplest use of a reward model, without any training. Ask N times, keep the answer that scores highest
 (Stiennon et al. 2020, fig. 7):  python -m tools.evaluate best_of
 
-in:  out/poems-sft (--reference) answers --samples times to each of --n_titles held-out titles; --reward_from chooses;
-     of the runs in --runs that were trained against the reward or its pairs, one answer to the same titles
+in:  out/poems-sft (--reference) answers each of --n_titles held-out titles --samples times; the reward model in
+     --reward_from chooses. Those runs in --runs that were trained by RL or DPO answer the same titles, to compare
 out: a column for each N and each such run
 
-    reward     mean score of the answer that was kept: the measure that the choice was made by
-    form       it has exactly the asked number of lines and characters: a rule that the reward model does not know
-    rhymes     of those of the right form
-    kl         how far such a choice is from the model it chooses from: log N - (N - 1) / N nats per answer, at most; of a
-               trained run, as tools/evaluate.py measures it
-    seconds    to answer a title, here: N answers, and their scores
+    reward     mean score of the answers that were kept: what they were chosen by, so it must rise with N
+    form       share with exactly as many lines and characters as asked: a rule that the reward model does not see
+    rhymes     of those of the right form, the share that rhymes
+    kl         how far the answers are from those of the model, in nats per answer: for a choice at most
+               log N - (N - 1) / N; for a trained run it is measured, as in tools/evaluate.py
+    seconds    to answer a title on this machine: N answers, and their scores
 
-A random choice is N = 1. Of M samples a question no draw is wasted: what the best of N has on average over all draws of
-N among the M follows from their order by score.
+N = 1 is an answer without a choice. All M samples of a title are used for every N: best_of_weights() averages over all
+ways to draw N of the M.
 """
 import math
 import random
@@ -28,7 +28,8 @@ from recipes.poems_eval import answer_all, chat_prompt, logps_of, scores_of
 
 
 def best_of_weights(scores, n):
-    """Chance of each answer to be the best of n that are drawn from all M: C(those it beats, n - 1) / C(M, n)."""
+    """The chance of each of M answers to be the best of n drawn ones: the n - 1 others must be among those it beats, so
+    C(number it beats, n - 1) / C(M, n)."""
     order = sorted(range(len(scores)), key=scores.__getitem__)
     weights = [0.0] * len(scores)
     for beaten, i in enumerate(order):
@@ -37,7 +38,7 @@ def best_of_weights(scores, n):
 
 
 def answers_of(model, tokenizer, poems, count, judge, cfg, env):
-    """Ask `count` times for each poem; return records, a list a title, the documents, and the seconds a title took."""
+    """Ask `count` times for each poem; return a list of records per title, all documents, and seconds per title."""
     began = time.perf_counter()
     prompts = []
     for poem in poems:
@@ -63,7 +64,7 @@ def answers_of(model, tokenizer, poems, count, judge, cfg, env):
 
 
 def summarise(titles, n):
-    """Means over titles of what the best of n answers has, by reward; form as a share with the titles behind it."""
+    """What the best of n answers has on average; form as a list with the share of each title."""
     sums = {"reward": [], "form": [], "rhymes": []}
     for records in titles:
         weights = best_of_weights([record["reward"] for record in records], n)
@@ -95,7 +96,7 @@ def evaluate(runs, cfg, env):
         record["example"] = best["text"]
         results[f"best of {n}"] = record
         n *= 2
-    # as many answers of each trained run, so that all means are equally sure; each title counts once
+    # trained runs answer as often, so that their means are equally certain
     for run in runs:
         trained, own, checkpoint = load_model(run, env.device)
         if checkpoint["stage"] in ("pretrain", "sft"):

@@ -1,26 +1,26 @@
 """
-Byte pair encoding, written to be read: how a vocabulary is learned from text, and how it cuts text into tokens.
+Byte pair encoding, written to be read: learn a vocabulary from text, and cut text into its tokens.
 
     python -m recipes.bpe README_zh.md "床前明月光，疑是地上霜。"     # learn 400 tokens, print them and the text cut up
 
-A vocabulary begins as the 256 bytes, so any text can be spelled. Then, again and again, the two neighbours that stand
-side by side most often become one new token (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). A Chinese
-character is three bytes in UTF-8, so first the frequent characters come into being, then the frequent words. To encode,
-the same joins are made in the order in which they were learned. tokenizer.py leaves all of this to sentencepiece, which
-is a thousand times faster and learns from characters instead of bytes: those that get no token are spelled in bytes.
+A vocabulary begins as the 256 bytes, so any text can be spelled. Then, again and again, the pair of neighbours that is
+most frequent in the text becomes a new token (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). A Chinese
+character is three bytes in UTF-8, so first frequent characters become tokens, then frequent words. To encode a text,
+join its pairs in the order in which they were learned. tokenizer.py leaves all of this to sentencepiece, which is much
+faster and begins with characters instead of bytes: only a character that gets no token is spelled in bytes.
 """
 import collections
 import re
 import sys
 
-# Tokens never reach from one word into the next: letters, a digit or punctuation, with one space before it, or spaces.
+# A token never contains parts of two words. A word: letters, a digit or punctuation, perhaps after a space; or spaces.
 WORD = re.compile(r" ?[^\W\d]+| ?\d| ?[^\w\s]+|\s+")
 
 
 def train(text, vocab_size):
-    """Learn a vocabulary: {token (bytes): its id}. The ids are the order of learning."""
+    """Learn a vocabulary; return {token (bytes): its id}. An id is also a rank: smaller ones were learned earlier."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    # It is enough to look at every different word once, and to remember how often it stands in the text.
+    # every different word once: how often it is in the text, and the tokens that it consists of so far
     counts = collections.Counter(WORD.findall(text))
     words = {word: spell(word) for word in counts}
     while len(ranks) < vocab_size:
@@ -31,9 +31,9 @@ def train(text, vocab_size):
                 pairs[pair] += counts[word]
         if not pairs:
             break  # every word is one token
-        # the most frequent pair becomes a token; of equally frequent ones, that which comes first in the text
+        # the most frequent pair becomes a token; of equally frequent ones the first in the text
         best = max(pairs, key=pairs.get)
-        ranks.setdefault(best[0] + best[1], len(ranks))
+        ranks.setdefault(best[0] + best[1], len(ranks))  # nothing new if known: abc may be a + bc or ab + c
         words = {word: join(tokens, best) for word, tokens in words.items()}
     return ranks
 
@@ -60,7 +60,7 @@ def encode(text, ranks):
     for word in WORD.findall(text):
         tokens = spell(word)
         while len(tokens) > 1:
-            # of all neighbours that make a token, join those that were learned first
+            # of all neighbours that together are a token, join those that were learned first
             pairs = list(zip(tokens, tokens[1:]))
             best = min(pairs, key=lambda pair: ranks.get(pair[0] + pair[1], len(ranks)))
             if best[0] + best[1] not in ranks:
@@ -71,7 +71,7 @@ def encode(text, ranks):
 
 
 def decode(ids, ranks):
-    """Return the text of ids. Half a character becomes U+FFFD."""
+    """Return the text of ids. Bytes that are no whole character become U+FFFD, �."""
     tokens = list(ranks)  # in the order of their ids
     return b"".join(tokens[i] for i in ids).decode(errors="replace")
 

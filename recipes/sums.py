@@ -1,22 +1,22 @@
 """
-Sums, a task in which thinking pays, or a tool: data for every stage, the rewards that check the answers, a calculator.
+Sums, a task in which thinking helps, or a tool: data for every stage, rewards that check the answers, a calculator.
 
     python -m recipes.sums                                  # data/raw/sums: text, conversations, prompts, tests
     python grpo.py config/sums_grpo.py --reward=recipes/sums.py:right --watch=recipes/sums.py:thinks
     bash runs/calculator.sh                                 # --environment=recipes/sums.py:calculator
 
 out: <out_dir>/tokenizer.model, text.jsonl (pretraining); sft.jsonl, prompts.jsonl, dev.jsonl, test.jsonl (thinking);
-     tools-sft.jsonl, tools-prompts/, tools-test.jsonl (the calculator; numbers of one digit and more)
+     tools-sft.jsonl, tools-prompts/, tools-test.jsonl (the calculator; numbers of 1 to `digits` digits)
 
-A thought goes through the columns from the right, as on squared paper, and so needs no number it cannot look up:
+A thought goes column by column from the right, as children do on squared paper: a line needs two digits and a carry.
 
     713+586=?  →  3+6=9
                   1+8=9
-                  7+5=12           with a carry from the column before: 7+5+1=13
-                  1299             said after </think>
+                  7+5=12           if the column before had a carry: 7+5+1=13
+                  1299             the answer, after </think>
 
-No training file holds a pair of numbers that stands in a test, in either order (but of one digit: there are too few),
-nor any number of more than `digits` digits. The tests were drawn after the last setting.
+No training file contains two numbers that are in a test, in either order (except those of one digit, of which there are
+too few), nor a number of more than `digits` digits. The tests were drawn after the last setting had been chosen.
 """
 import json
 import os
@@ -32,10 +32,10 @@ from tokenizer import train_tokenizer
 @dataclass
 class Config:
     out_dir: str = "data/raw/sums"
-    digits: Count = 4              # of the longest numbers
+    digits: Count = 4              # in the longest numbers
     # pretraining text
     documents: Count = 20_000      # of ten sums each
-    worked_text: Share = 0.6       # of the sums are worked line by line; the others just say the result
+    worked_text: Share = 0.6       # share of sums that are worked out line by line; the others just have the result
     # instruction data
     worked: Whole = 400            # conversations that think first
     plain: Whole = 600             # conversations that say the result at once
@@ -57,14 +57,14 @@ def result(a, op, b):
 
 
 def columns(a, op, b):
-    """Return the lines of a thought: each column alone, the next one with the 1 that is carried or borrowed."""
+    """Return the lines of a thought, one for each column, with the 1 that the column before has carried or borrowed."""
     lines = []
     carry = 0
     while a or b:
         x = a % 10
         y = b % 10
         carried = f"{op}1" if carry else ""
-        value = result(x, op, y) + result(0, op, carry)  # -10 to 19
+        value = result(x, op, y) + result(0, op, carry)  # -10 to 19; below 0 or above 9 the next column gets a 1
         lines.append(f"{x}{op}{y}{carried}={value if op == '+' else value % 10}")
         carry = int(not 0 <= value <= 9)
         a //= 10
@@ -76,7 +76,7 @@ def columns(a, op, b):
 
 
 def said(answer):
-    """The number behind thoughts and calls, as it is written; None where there is none, or a thought without an end."""
+    """The number after thoughts and calls, as text; None where there is none, or a thought does not end."""
     last_turn = answer.rsplit("assistant\n", 1)[-1]
     if "<think>" in last_turn and "</think>" not in last_turn:
         return None
@@ -85,7 +85,7 @@ def said(answer):
 
 
 def right(prompt, answer):
-    """1 for the right number, 0.1 for another number, else 0. The prompt may hold the chat's roles: search it."""
+    """1 for the right number, 0.1 for another number, else 0. The prompt may contain more than the question."""
     number = said(answer)
     if number is None:
         return 0.0
@@ -94,12 +94,12 @@ def right(prompt, answer):
 
 
 def thinks(prompt, answer):
-    """1 where an answer thinks first: to follow, not to train on."""
+    """1 where an answer thinks first: for --watch, not to train on."""
     return float("</think>" in answer)
 
 
 def calls(prompt, answer):
-    """How often an answer asks the calculator: to follow, not to train on."""
+    """How often an answer calls the calculator: for --watch, not to train on."""
     return float(answer.count("<tool_call>"))
 
 
@@ -114,7 +114,7 @@ def call(expression):
 
 
 def called(text):
-    """The expression that a turn asks the calculator for; "" where it is none it understands, None without a call."""
+    """The expression in a turn's call of the calculator; "" where the call cannot be read, None without a call."""
     if "<tool_call>" not in text:
         return None
     found = re.search(r"<tool_call>\n(.*)\n</tool_call>", text)
@@ -125,7 +125,7 @@ def called(text):
 
 
 def calculator(text):
-    """The environment of grpo.py --environment: a turn -> what the tool replies, None where the turn calls none."""
+    """For grpo.py --environment: the text of a turn -> the tool's reply, None where the turn does not call it."""
     expression = called(text)
     if expression is None:
         return None
@@ -140,8 +140,8 @@ def calculator(text):
 
 
 def draw(rng, digits, exact=False):
-    """Draw (a, op, b), numbers of up to `digits` digits; in a-b the larger one comes first. exact: both of so many, and
-    a difference, too. To drop the zeros in front of a shorter one is a lesson of its own."""
+    """Draw (a, op, b), numbers of up to `digits` digits; in a-b the larger one comes first. exact: both numbers have
+    exactly so many, and the result has no fewer: the tests do not ask whether zeros in front are left out."""
     while True:
         numbers = []
         for _ in range(2):
@@ -159,7 +159,7 @@ def draw(rng, digits, exact=False):
 
 
 def pair(a, op, b):
-    """What makes a sum known: its two numbers, in whatever order."""
+    """The two numbers of a sum, in a fixed order: sums with the same pair count as the same."""
     return min(a, b), max(a, b)
 
 
@@ -179,7 +179,7 @@ def chat(a, op, b, how):
 
 
 def gap(rng):
-    """Some line breaks: where a thought stands is not to be learned by heart."""
+    """A random number of line breaks, so that the model cannot find a thought by its distance alone."""
     return "\n" * rng.randint(1, 10)
 
 
@@ -188,21 +188,21 @@ def question(a, op, b):
 
 
 def text_line(rng, sums, cfg):
-    """One piece of the pretraining text: a column alone, a sum, or one that is worked."""
+    """One piece of the pretraining text: a single column, a sum with its result, or a sum worked out line by line."""
     if rng.random() < 0.1:
         x, y, carry = rng.randrange(10), rng.randrange(10), rng.randrange(2)
         return f"{x}+{y}+{carry}={x + y + carry}"
     a, op, b = next(sums)
     if rng.random() < cfg.worked_text:
-        # without the tags of a chat: those are left to the conversations. Blank lines instead, now more, now fewer, so
-        # that digits are found wherever they stand: in a chat other tokens lie around a thought
+        # <think> comes only in conversations. There other tokens stand between question and thought; a random number of
+        # line breaks here makes the model look for digits at any distance
         thought = "\n".join(columns(a, op, b))
         return f"{a}{op}{b}=?{gap(rng)}{thought}{gap(rng)}{result(a, op, b)}"
     return f"{a}{op}{b}={result(a, op, b)}"
 
 
 def unseen(rng, held_out, digits, exact):
-    """Endless sums, none of them held out."""
+    """Yield sums without end, none of them held out."""
     while True:
         a, op, b = draw(rng, digits, exact)
         if pair(a, op, b) not in held_out:
@@ -219,7 +219,7 @@ def main(cfg):
     check(2 <= cfg.digits <= 8, f"digits={cfg.digits}: wanted 2 to 8")
     check(cfg.calls <= 1_000, f"calls={cfg.calls}: tools-sft.jsonl has 1,000 conversations")
     os.makedirs(cfg.out_dir, exist_ok=True)
-    # the tests first, always the same ones: all else is drawn around them
+    # the tests first, always the same ones (their seed is fixed); all other sums are drawn without them
     held_out = set()
     lengths = range(1, cfg.digits + 1)
     for name, of_digits in (
@@ -232,7 +232,7 @@ def main(cfg):
             sums = unseen(rng, held_out, digits, exact=True)
             for _ in range(cfg.tests):
                 a, op, b = next(sums)
-                if digits > 1:  # of one digit there are too few to leave any out
+                if digits > 1:  # sums of one digit are too few to leave any out
                     held_out.add(pair(a, op, b))
                 records.append({"digits": digits, **question(a, op, b), "answer": str(result(a, op, b))})
         write(cfg, f"{name}.jsonl", records)
@@ -240,12 +240,13 @@ def main(cfg):
     rng = random.Random(f"sums {cfg.seed}")
     mixed = unseen(rng, held_out, cfg.digits, exact=False)
     longest = unseen(rng, held_out, cfg.digits, exact=True)
+    # iter(int, 1) calls int(), which is 0, until it is 1: without end
     any_length = (next(unseen(rng, held_out, rng.choice(lengths), exact=True)) for _ in iter(int, 1))
-    # a vocabulary that knows the digits, the tags and the call
+    # train the vocabulary on texts with digits, tags and calls
     examples = [chat(*next(longest), how)["messages"] for how in ("think", "call") for _ in range(1_000)]
     texts = ["\n".join(message["content"] for message in messages) for messages in examples]
     train_tokenizer(texts, os.path.join(cfg.out_dir, "tokenizer.model"), vocab_size=512)
-    # half of the text's sums are of the longest numbers: of short ones there are few
+    # half of the sums in the text have the longest numbers: there are many more of them to learn
     both = (next(rng.choice((mixed, longest))) for _ in iter(int, 1))
     documents = ("\n".join(text_line(rng, both, cfg) for _ in range(10)) for _ in range(cfg.documents))
     write(cfg, "text.jsonl", ({"text": text} for text in documents))
@@ -256,7 +257,7 @@ def main(cfg):
         rng.shuffle(conversations)
         write(cfg, f"{name}sft.jsonl", conversations)
     write(cfg, "prompts.jsonl", (question(*next(longest)) for _ in range(cfg.prompts)))
-    # all questions of one digit in a file of their own, so that prepare.py --repeat can ask them as often as others
+    # all questions of one digit, in a file of their own, so that prepare.py --repeat=short:48 can repeat them
     short = [(a, op, b) for a in range(10) for b in range(10) for op in "+-" if op == "+" or a >= b]
     longer = [it for it in (next(any_length) for _ in range(cfg.prompts)) if max(it[0], it[2]) > 9]
     os.makedirs(os.path.join(cfg.out_dir, "tools-prompts"), exist_ok=True)
