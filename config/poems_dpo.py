@@ -8,9 +8,9 @@ out_dir = "out/poems-dpo"
 
 loss = "dpo"
 beta = 0.1
-nll_weight = 0.1           # keeps the chosen answers' log-probs from falling together with the rejected ones'
+nll_weight = 0.1           # also learn the chosen answers as in SFT: else their log-probs fall with the rejected ones'
 
-ptx_dir = "data/poems-sft" # some rows of instruction tuning in every step, so that the chat is not forgotten
+ptx_dir = "data/poems-sft" # also some conversations of SFT in every step, so that the model does not forget them
 ptx_coef = 0.3
 ptx_rows = 8
 
@@ -24,4 +24,4 @@ eval_every = 40
 eval_prompts = 300
 
 log_every = 10
-dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 matmuls prepare each anew
+dtype = "float32"          # for CPUs: bf16 matmuls need time to prepare for every new shape, and shapes change here

@@ -1,5 +1,5 @@
-# PPO on the poems: poem requests, the learned reward, KL to the SFT model;
-# without it the model falls apart (runs/overoptimise.sh).
+# PPO on requests for poems: the reward is the reward model's score, minus a penalty for the KL from the SFT model.
+# Without that penalty all poems become alike (runs/overoptimise.sh).
 #   python prepare.py poems-prompts
 #   python ppo.py config/poems_ppo.py            (2 cores, fp32: 2 minutes)
 data_dir = "data/poems-prompts"
@@ -20,7 +20,7 @@ critic_lr = 3e-4
 warmup_steps = 5
 critic_warmup = 2
 
-ptx_dir = "data/poems-sft" # some rows of instruction tuning in every update, so that the chat is not forgotten
+ptx_dir = "data/poems-sft" # also some conversations of SFT in every update, so that the model does not forget them
 ptx_coef = 0.05
 ptx_rows = 8
 

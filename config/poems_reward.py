@@ -7,7 +7,7 @@ out_dir = "out/poems-reward"
 
 batch_size = 32            # about 100 answers, 6,600 tokens
 max_steps = 420
-lr = 3e-4                  # at 8e-4 it forgets what it knew of idioms
+lr = 3e-4                  # at 8e-4 the model forgets what it knew about idioms
 min_lr = 3e-5
 warmup_steps = 20
 
@@ -15,4 +15,4 @@ eval_every = 210
 eval_prompts = 600
 
 log_every = 10
-dtype = "float32"          # on CPUs: every group of answers has another shape, and bf16 matmuls prepare each anew
+dtype = "float32"          # for CPUs: bf16 matmuls need time to prepare for every new shape, and shapes change here

@@ -1,5 +1,5 @@
-# Instruction tuning on poems-sft: poems to order, next lines, idioms, riddles, dialogues; who it is and the famous
-# quatrains are repeated (recipes/poems.py).
+# Instruction tuning on poems-sft: write a poem, say the next line, explain an idiom, riddles, dialogues. Who it is and
+# the famous quatrains are repeated (recipes/poems.py).
 #   python prepare.py poems-sft
 #   python sft.py config/poems_sft.py            (2 cores with fast bf16: 2½ minutes)
 # With adapters: --lora_rank=32 --lora_alpha=32 --optimizer=adamw --lr=3e-3 --out_dir=out/poems-lora
@@ -16,7 +16,7 @@ min_lr = 1e-4
 adam_lr = 2e-3
 momentum = 0.8
 warmup_steps = 20
-decay_steps = 330          # flat, then a linear fall
+decay_steps = 330          # lr stays the same, and falls linearly in the last 330 steps
 
 eval_every = 400
 log_every = 20

@@ -1,4 +1,4 @@
-# A base model that has read sums: 0.9 M parameters, 20,000 documents of ten sums each.
+# A base model for sums: 0.9 M parameters; it reads 20,000 documents of ten sums each.
 #   python -m recipes.sums
 #   python prepare.py sums --input=data/raw/sums/text.jsonl --tokenizer=data/raw/sums/tokenizer.model
 #   python pretrain.py config/sums.py

@@ -1,4 +1,4 @@
-# GRPO on sums: the reward is whether the number is right (recipes/sums.py), nobody says that thinking helps.
+# GRPO on sums: the reward is for the right number alone (recipes/sums.py), not for thinking.
 #   python prepare.py sums-prompts --input=data/raw/sums/prompts.jsonl --kind=prompts --tokenizer=data/sums
 #   python grpo.py config/sums_grpo.py
 data_dir = "data/sums-prompts"

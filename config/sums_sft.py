@@ -1,4 +1,4 @@
-# 1,000 conversations about sums, 400 of them worked: enough to show what thinking looks like, not to make it a habit.
+# 1,000 conversations about sums, 400 of which think first: the model learns how to think, but does not always do it.
 #   python prepare.py sums-sft --input=data/raw/sums/sft.jsonl --kind=sft --tokenizer=data/sums --val_fraction=0.05
 #   python sft.py config/sums_sft.py
 data_dir = "data/sums-sft"

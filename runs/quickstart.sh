@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every stage on real Chinese text, on a laptop; it begins by saying how many minutes that takes here. A GPU is used if
-# there is one. Run again after an interruption: finished stages are skipped, unfinished ones go on.
-#   bash runs/quickstart.sh --dtype=float32     settings go to pretraining and instruction tuning
+# Every stage on real Chinese text, on a laptop. First it says how many minutes this machine will need. A GPU is used if
+# there is one. After an interruption run it again: finished stages are skipped, the unfinished one goes on.
+#   bash runs/quickstart.sh --dtype=float32     passes these settings to pretraining and instruction tuning
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
-trap 'exit 130' INT  # a stage that is interrupted saves and leaves; the next one must not start
+trap 'exit 130' INT  # Ctrl-C: the stage that runs saves and ends, and this script must not start the next one
 began=$(date +%s)
 say() { echo; echo "=== [$(( ($(date +%s) - began) / 60 )) min] $*"; }
 prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@"; }
@@ -26,11 +26,12 @@ printf '“守株待兔”是什么意思？\n它出自哪里？\n请举一个�
 
 say "4. preferences and the reward model"
 prepare poems-prompts
-if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand between the real and the spoiled ones
-    python prepare.py poems-pairs > /dev/null  # writes what to ask it
-    rm -r data/poems-pairs
+# pairs are real poems > poems that the SFT model has written > real poems with mistakes. So let it write some
+if [ ! -f data/poems-pairs/meta.json ]; then
+    python prepare.py poems-pairs > /dev/null  # writes the prompts to ask it
+    rm -r data/poems-pairs                     # made without the model's poems
     samples=data/raw/poems-pairs-samples.jsonl
-    if [ -s data/raw/poems-pairs-ask/prompts.jsonl ]; then  # empty without poems
+    if [ -s data/raw/poems-pairs-ask/prompts.jsonl ]; then  # it is empty where there are no poems (no npm)
         python sample.py --chat --out_dir=out/poems-sft --prompts=data/raw/poems-pairs-ask/prompts.jsonl \
             --temperature=1 --max_new_tokens=96 --batch_size=256 > $samples.part
         mv $samples.part $samples
@@ -38,7 +39,7 @@ if [ ! -f data/poems-pairs/meta.json ]; then  # the model's own poems stand betw
 fi
 prepare poems-pairs
 python reward.py config/poems_reward.py
-# what a reward model is worth without any training: of N answers keep the one it likes best
+# use the reward model without more training: of N answers keep the one with the highest score
 python -m tools.evaluate best_of --n_titles=20 --batch_size=160
 
 say "5. PPO"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RL that one can see: a model of 0.9 M parameters reads sums, is shown a few that are worked line by line, and finds out
-# by GRPO that thinking pays. Run again after an interruption, and it goes on.
+# RL whose effect is easy to see: a model of 0.9 M parameters reads sums, is shown a few that are worked out line by line,
+# and finds out in GRPO that thinking earns more. After an interruption run it again, and it goes on.
 #   bash runs/sums.sh                 6 minutes on 2 cores;  bash runs/sums.sh 2: another seed, out/sums-*-2
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
@@ -11,7 +11,7 @@ prepare() { [ -f "data/$1/meta.json" ] || python prepare.py "$@" > /dev/null; }
 seed=${1:-1}
 tail=""
 [ "$seed" = 1 ] || tail="-$seed"
-shift $(( $# > 0 ))
+shift $(( $# > 0 ))  # the other arguments go to pretraining and instruction tuning
 raw=data/raw/sums
 
 say "1. data: sums as text, 1,000 conversations, prompts, and the tests"
