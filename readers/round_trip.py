@@ -1,10 +1,10 @@
 """
-What a vocabulary changes in the text: not every one gives back what it was given.
+What a vocabulary changes in the text: encoding and decoding does not always give back the same text.
 
     changes(tok, documents)      {("noticed", "texts that the vocabulary changes, ， ： to , :"): 120}, or {}
 
-A sentencepiece model trained with the defaults writes ， as , and joins spaces and lines. Such text cannot be learned,
-however often it stands in the data.
+A sentencepiece model trained with the defaults writes ， as , and joins spaces and lines. A model with such a vocabulary
+cannot learn to write these characters, however often they are in the data.
 """
 import collections
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RL whose effect is easy to see: a model of 0.9 M parameters reads sums, is shown a few that are worked out line by line,
-# and finds out in GRPO that thinking earns more. After an interruption run it again, and it goes on.
+# RL whose effect is easy to see: a model of 0.9 M parameters reads sums, is shown a few that are worked out line by
+# line, and finds out in GRPO that thinking earns more. After an interruption run it again, and it goes on.
 #   bash runs/sums.sh                 6 minutes on 2 cores;  bash runs/sums.sh 2: another seed, out/sums-*-2
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
