@@ -50,14 +50,14 @@ class Config:
     label_smoothing: Share = 0.1   # cdpo: share of pairs taken to be the wrong way round
     simpo_gamma: NonNegative = 1.4  # simpo: beta times the lead, in nats per token, that the better answer must have
     nll_weight: NonNegative = 0.0  # adds this much of the better answer's loss per token (RPO, arXiv 2404.19733)
-    # conversations mixed in, so that preferences do not cost the chat
+    # conversations mixed in, so that the model does not forget how to chat
     ptx_dir: str = ""              # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0    # weight of their loss; 0: none
-    ptx_rows: Count = 8            # a step
+    ptx_rows: Count = 8            # rows in a step
     # adapters (common/lora.py)
     lora_rank: Whole = 0           # 0: train all weights
-    lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
-    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    lora_alpha: Positive = 16.0    # what the adapters add is multiplied by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends with it get adapters
     # batch: a step sees batch_size * grad_accum prompts with all their completions, whatever the number of processes
     batch_size: Count = 16         # prompts in a micro-step
     grad_accum: Count = 1          # micro-steps in a step, all processes together

@@ -64,8 +64,8 @@ class Config:
     kl_coef: NonNegative = 0.05             # penalty per nat of distance from the reference
     # adapters (common/lora.py)
     lora_rank: Whole = 0                    # 0: train all weights
-    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
-    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    lora_alpha: Positive = 16.0             # what the adapters add is multiplied by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends with it get adapters
     # advantages
     advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
     group_size: Count = 8                   # answers a prompt, at least 2
@@ -88,7 +88,7 @@ class Config:
     # text or conversations mixed in (PPO-ptx)
     ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
-    ptx_rows: Count = 8                     # an update
+    ptx_rows: Count = 8                     # rows in an update
     # optimizer
     lr: Positive = 1e-5
     min_lr: NonNegative = 1e-6              # at the last step

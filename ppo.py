@@ -59,8 +59,8 @@ class Config:
     kl_coef: NonNegative = 0.1              # penalty per nat of distance from the reference
     # adapters of the actor (common/lora.py)
     lora_rank: Whole = 0                    # 0: train all weights
-    lora_alpha: Positive = 16.0             # the adapters' product is scaled by alpha / rank
-    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    lora_alpha: Positive = 16.0             # what the adapters add is multiplied by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends with it get adapters
     # advantages
     gamma: Share = 1.0                      # discount of later rewards; 1: none
     lam: Share = 0.95                       # 0: trust the critic's next value; 1: the rewards that came
@@ -77,13 +77,13 @@ class Config:
     # text or conversations mixed in (PPO-ptx)
     ptx_dir: str = ""                       # data of kind sft or text; several folders, with commas between, take turns
     ptx_coef: NonNegative = 0.0             # weight of their loss; 0: none
-    ptx_rows: Count = 8                     # an update
+    ptx_rows: Count = 8                     # rows in an update
     # optimizer
     lr: Positive = 1e-5
     min_lr: NonNegative = 1e-6              # at the last step
     critic_lr: Positive = 1e-4
     warmup_steps: Whole = 0                 # 0: a tenth of the run, at most 100
-    critic_warmup: Whole = 0                # first steps that train the critic alone
+    critic_warmup: Whole = 0                # steps at the start that train only the critic
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0            # 0: no clipping
     # every eval_every steps: score and KL on held-out prompts, a checkpoint

@@ -43,8 +43,8 @@ class Config:
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
     # adapters (common/lora.py)
     lora_rank: Whole = 0           # 0: train all weights
-    lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
-    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    lora_alpha: Positive = 16.0    # what the adapters add is multiplied by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends with it get adapters
     # loss
     centre: NonNegative = 0.001    # weight of (chosen + rejected)^2: keeps scores near 0 (arXiv 2312.09244)
     # batch: a step sees batch_size * grad_accum prompts with all their completions, whatever the number of processes

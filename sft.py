@@ -44,16 +44,16 @@ SAME = ("seed", "data_dir", "init_from", "seq_len", "optimizer", "teacher")
 class Config:
     # files
     data_dir: str = "data/poems-sft"
-    init_from: str = "out/poems"   # run folder or checkpoint file whose weights and tokenizer we start from
+    init_from: str = "out/poems"   # run folder or checkpoint file with the weights and tokenizer to start from
     out_dir: str = "out/sft"
     resume: bool = True            # go on from out_dir/ckpt.pt when it is there
     # adapters (common/lora.py)
     lora_rank: Whole = 0           # 0: train all weights
-    lora_alpha: Positive = 16.0    # the adapters' product is scaled by alpha / rank
-    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends so
+    lora_alpha: Positive = 16.0    # what the adapters add is multiplied by alpha / rank
+    lora_targets: str = "qkv|out|gate_up|down"  # regex: layers whose name ends with it get adapters
     # distillation (Hinton et al. 2015)
     teacher: str = ""              # a run with the same tokenizer, whose probabilities are learned beside the data
-    teacher_weight: Share = 0.5    # of that part of the loss, from 0 to 1
+    teacher_weight: Share = 0.5    # weight of the teacher's part of the loss; the data's part has the rest
     # batch: a step sees batch_size * grad_accum rows, whatever the number of processes
     seq_len: Whole = 0             # tokens in a row; 0: all the model can see
     batch_size: Count = 16         # rows in a micro-step
