@@ -184,6 +184,7 @@ def train_tokenizer(texts, path, vocab_size, character_coverage=0.9995, max_piec
             character_coverage=min(character_coverage, possible), hard_vocab_limit=False,
             byte_fallback=True, max_sentencepiece_length=max_piece_length, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+            required_chars="▁",  # sentencepiece's letter for a space, which a Chinese text may not contain
             # always tokens: "\n" and "\t", which the trainer never learns, and role names, which every chat repeats
             user_defined_symbols=["\n", "\t", "system", "user", "assistant"],
             control_symbols=list(SPECIAL_TOKENS[1:3]),  # control: text can never produce them

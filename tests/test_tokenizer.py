@@ -37,6 +37,12 @@ def test_traps_come_back(trained, text):
     assert trained.decode(ids) == text
 
 
+def test_spaces_come_back_that_no_training_text_had(tmp_path):
+    """Else a space would be spelled in the bytes of ▁, and be decoded to that."""
+    tok = train_tokenizer(POEMS[:2] * 50, tmp_path / "tokenizer.model", 400, 1.0)
+    assert tok.decode(tok.encode("春 天  a ▁b")) == "春 天  a ▁b"
+
+
 @settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
 def test_any_text_comes_back_and_names_no_special_token(trained, text):
