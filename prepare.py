@@ -324,8 +324,9 @@ def main(cfg):
     if not cfg.input:
         # recipes/poems.py has "poems", "poems-sft", …: each with a function that writes its files, and our settings
         module = f"recipes.{cfg.name.split('-')[0]}"
-        is_there = re.fullmatch(r"recipes\.\w+", module) and importlib.util.find_spec(module)
-        recipes = getattr(importlib.import_module(module), "RECIPES", {}) if is_there else {}
+        if not re.fullmatch(r"recipes\.\w+", module) or not importlib.util.find_spec(module):
+            module = "recipes.poems"  # to say what recipes there are
+        recipes = getattr(importlib.import_module(module), "RECIPES", {})
         check(cfg.name in recipes, f"no --input given, and no recipe is named {cfg.name!r} (recipes in {module}: "
               f"{', '.join(recipes) or 'none'}). Your own data: python prepare.py {cfg.name} --input=FILE_OR_FOLDER")
         recipe = recipes[cfg.name]

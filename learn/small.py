@@ -155,4 +155,5 @@ def make_run(stage):
 
 if __name__ == "__main__":
     for name in SETTINGS:
+        print(f"{name}: ", end="", flush=True)
         print(make_run(name))
