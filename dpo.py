@@ -253,7 +253,7 @@ def main(cfg):
 
         # conversations mixed in come first: their gradients stay in p.grad, and those of the pairs are added
         if cfg.ptx_coef:
-            learn_mixed(net, model, ptx, step, cfg, pad_id, env)
+            ptx_loss = learn_mixed(net, model, ptx, step, cfg, pad_id, env)
 
         # gradients of all micro-steps add up in p.grad; with several processes each computes its share of them
         sums = {}
@@ -268,6 +268,8 @@ def main(cfg):
             # backward: a mean over micro-steps; the scaler does something in fp16 only
             env.scaler.scale(loss / len(micro)).backward()
             add_stats(sums, stats, 1 / cfg.grad_accum)
+        if cfg.ptx_coef:
+            sums["ptx_loss"] = ptx_loss / env.world
 
         # clip
         env.scaler.unscale_(optimizer)

@@ -36,8 +36,7 @@ def test_rows_mixed_in_add_their_loss(place, tmp_path, stage, kind):
     plain = flat_gradient(loss, model)
     assert plain.abs().max() > 0.01
     assert (gradient(mixed) - gradient(without) - 0.7 * plain).abs().max() <= 1e-6
-    if stage != "dpo":
-        assert log[-1]["ptx_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert log[-1]["ptx_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [ppo, grpo, dpo])
