@@ -26,7 +26,7 @@ def test_a_run_of_any_length_reaches_its_rate_and_comes_down(max_steps, decay_st
 def test_a_warmup_longer_than_the_run_is_said(place, tmp_path, capsys):
     """own: warmup_steps is obeyed where it was given, and what that means stands in the output."""
     run(settings(place[0], "sft", str(tmp_path / "a"), max_steps=2, warmup_steps=20))
-    assert "warmup_steps=20, but the run ends after 2 and never reaches lr=0.001" in capsys.readouterr().out
+    assert "warmup_steps=20, but the run ends after 2 steps and never reaches lr=0.001" in capsys.readouterr().out
 
 
 def test_few_conversations_are_learned_with_the_defaults(place, tmp_path):
