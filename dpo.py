@@ -146,19 +146,21 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_
     return losses, cfg.beta * chosen_gain.detach(), cfg.beta * rejected_gain.detach()
 
 
-def batch_loss(net, model, reference, batch, sizes, cfg, env):
+@torch.no_grad()
+def reference_logps(reference, batch):
+    """Log-probs of all answers under the reference, (R); zeros for losses that need none."""
+    if reference is None:
+        return torch.zeros(len(batch[0]), device=batch[0].device)
+    return answer_logps(reference, reference.head_weight, *batch)[0]
+
+
+def batch_loss(logps, lengths, ref_logps, sizes, cfg):
     """Return the loss, and what the log says of it, {name: number}, both means over prompts.
 
-    net: the policy as DistributedDataParallel, or the policy itself; reference: None for losses that need none.
+    logps, lengths, ref_logps: of all answers, (R); sizes: how many of them each prompt has.
     """
-    ids, mask = batch
-    # log-probs of every answer, once, though the best one is in several pairs
-    logps, lengths = answer_logps(net, model.head_weight, ids, mask, env)          # (R), (R)
-    ref_logps = torch.zeros_like(logps)
-    if reference is not None:
-        with torch.no_grad():
-            ref_logps, _ = answer_logps(reference, reference.head_weight, ids, mask, env)
-    chosen, rejected, weights = best_against_each(sizes, env.device)               # each (P)
+    # an answer has one log-prob, and the best one is in several pairs: chosen and rejected are numbers of answers
+    chosen, rejected, weights = best_against_each(sizes, logps.device)             # each (P)
     losses, chosen_reward, rejected_reward = preference_loss(
         logps[chosen],
         logps[rejected],
@@ -174,7 +176,7 @@ def batch_loss(net, model, reference, batch, sizes, cfg, env):
         "margin": margin,                         # lead in implicit reward
         "chosen_logp": logps[chosen],             # of whole answers, in nats
         "rejected_logp": logps[rejected]}
-    if reference is not None:
+    if cfg.loss not in ("simpo", "orpo"):
         stats["chosen_ratio"] = logps[chosen] - ref_logps[chosen]
         stats["rejected_ratio"] = logps[rejected] - ref_logps[rejected]
     return losses @ weights, {name: values.detach() @ weights for name, values in stats.items()}
@@ -194,7 +196,10 @@ def evaluate(model, reference, split, cfg, pad_id, env):
     for first in batch_starts(n_prompts, cfg.batch_size, env, pad=True):
         prompts = range(min(first, n_prompts - 1), min(first + cfg.batch_size, n_prompts))
         batch, sizes = get_prompts(split, prompts, pad_id, env.device)
-        _, stats = batch_loss(model, model, reference, batch, sizes, cfg, env)
+        with env.autocast():
+            logps, lengths = answer_logps(model, model.head_weight, *batch)        # (R), (R)
+            ref_logps = reference_logps(reference, batch)                          # (R)
+        _, stats = batch_loss(logps, lengths, ref_logps, sizes, cfg)
         # a process that has no prompts left computes the last one again, with weight 0
         add_stats(sums, stats, max(0, min(cfg.batch_size, n_prompts - first)))
     totals = all_sum(list(sums.values()), env)
@@ -264,7 +269,10 @@ def main(cfg):
             batch, sizes = get_prompts(train, prompts, pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             # forward: log-probs of all answers under policy and reference, then the loss of every pair
-            loss, stats = batch_loss(net, model, reference, batch, sizes, cfg, env)
+            with env.autocast():
+                logps, lengths = answer_logps(net, model.head_weight, *batch)      # (R), (R)
+                ref_logps = reference_logps(reference, batch)                      # (R)
+            loss, stats = batch_loss(logps, lengths, ref_logps, sizes, cfg)
             # backward: a mean over micro-steps; the scaler does something in fp16 only
             env.scaler.scale(loss / len(micro)).backward()
             add_stats(sums, stats, 1 / cfg.grad_accum)

@@ -128,7 +128,8 @@ def evaluate(model, split, cfg, pad_id, env):
     for first in batch_starts(n_prompts, cfg.batch_size, env):
         prompts = range(first, min(first + cfg.batch_size, n_prompts))
         batch, sizes = get_prompts(split, prompts, pad_id, env.device)
-        scores = score_answers(model, *batch, env)                                 # (R)
+        with env.autocast():
+            scores = score_answers(model, *batch)                                  # (R)
         loss += ranking_loss(scores, sizes, cfg.centre).sum()
         stats += pair_stats(scores, sizes)
     # add up first, divide last: batches hold different numbers of prompts and pairs
@@ -195,7 +196,8 @@ def main(cfg):
             batch, sizes = get_prompts(train, prompts, tokenizer.pad_id, env.device)
             net.require_backward_grad_sync = i == micro[-1]  # processes average gradients in the last one alone
             # forward: score every answer alone, then compare those to one prompt
-            scores = score_answers(net, *batch, env)                               # (R), the answers of all prompts
+            with env.autocast():
+                scores = score_answers(net, *batch)                                # (R), the answers of all prompts
             micro_loss = ranking_loss(scores, sizes, cfg.centre).mean()
             # backward: a mean over micro-steps; the scaler does something in fp16 only
             env.scaler.scale(micro_loss / len(micro)).backward()

@@ -5,8 +5,8 @@ From hidden states to losses, in chunks: all logits at once, N tokens times a vo
     distillation_loss(x, head_weight, teacher_x, …)          KL from a teacher's probabilities
     text_loss(model, split, …)                               nats per token and bits per byte of a text
     token_logps(x, head_weight, targets, mask)               log-prob of each token, (B, T), with gradients: PPO, GRPO
-    answer_logps(net, head_weight, ids, mask, env)           their sums over each row's answer: DPO
-    score_answers(net, ids, mask, env)                       a reward model's score of each row's answer
+    answer_logps(net, head_weight, ids, mask)                their sums over each row's answer: DPO
+    score_answers(net, ids, mask)                            a reward model's score of each row's answer
 
 Each docstring begins with the plain formula that the function equals; tests/test_loss.py holds it to that.
 """
@@ -158,21 +158,20 @@ def length_buckets(lengths):
     return order.split(sizes)
 
 
-def answer_logps(net, head_weight, ids, mask, env, temperature=1.0):
-    """token_logps(net(inputs), head_weight, targets, mask, temperature).sum(1) of shift(ids, mask): the log-prob of each
-    row's answer with its <|im_end|>, prompt left out, and the answer's length, (R) each. ids, mask (R, T): of pad()."""
+def answer_logps(net, head_weight, ids, mask, temperature=1.0):
+    """token_logps(net(inputs), head_weight, targets, mask, temperature).sum(1) of shift(ids, mask): the log-prob of
+    each row's answer with its <|im_end|>, prompt left out; and the answers' lengths, (R) each. ids, mask: of pad()."""
     sums = torch.zeros(len(ids), device=ids.device)
     lengths = last_learned(mask) + 1
     for rows in length_buckets(lengths):
         T = lengths[rows].max()
         inputs, targets, learned = shift(ids[rows, :T], mask[rows, :T])
-        with env.autocast():
-            logps = token_logps(net(inputs), head_weight, targets, learned, temperature)    # (rows, T - 1)
+        logps = token_logps(net(inputs), head_weight, targets, learned, temperature)        # (rows, T - 1)
         sums = sums.index_put((rows,), logps.sum(dim=1))
     return sums, mask[:, 1:].sum(dim=1)
 
 
-def score_answers(net, ids, mask, env):
+def score_answers(net, ids, mask):
     """net(ids)[row, last token of its answer], the <|im_end|>: a reward model's score of each row, (R).
 
     ids, mask (R, T): of pad(). What stands behind a row's end cannot change its score: attention is causal.
@@ -181,8 +180,7 @@ def score_answers(net, ids, mask, env):
     last = last_learned(mask)
     for rows in length_buckets(last + 1):
         T = last[rows].max() + 1
-        with env.autocast():
-            values = net(ids[rows, :T])                                            # (rows, T)
+        values = net(ids[rows, :T])                                                # (rows, T)
         at_end = values.gather(1, last[rows, None]).squeeze(1)                     # (rows)
         scores = scores.index_put((rows,), at_end)
     return scores

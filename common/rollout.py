@@ -168,7 +168,8 @@ def model_scorer(reward_model, pad_id, env):
 
     @torch.no_grad()
     def scorer(documents):
-        return score_answers(reward_model, *pad(documents, pad_id, env.device), env)
+        with env.autocast():
+            return score_answers(reward_model, *pad(documents, pad_id, env.device))
 
     return scorer
 

@@ -6,10 +6,8 @@ import torch.nn.functional as F
 
 import dpo
 import grpo
-import pretrain
 from common.checkpoint import load_model, load_reward_model
 from common.data import pad
-from common.distributed import start
 from common.generate import generate
 from common.loss import answer_logps, score_answers
 from learn import draw, small
@@ -52,7 +50,7 @@ def reward(line):
     documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
     ids, learned = pad(documents, tokenizer.pad_id)
     with torch.no_grad():
-        scores = score_answers(model, ids, learned, start(pretrain.Config(device="cpu"), "float32", announce=False))
+        scores = score_answers(model, ids, learned)
     print(f"{folder}，问：{turns[0]['content']}\n")
     for text, score in zip(texts, scores.tolist()):
         print(f"  {draw.fill(text.replace(chr(10), ''), 30)}{score:+.3f}")
@@ -108,9 +106,8 @@ def pair(line):
     texts = texts[:2]
     documents = [render_chat(tokenizer, turns + [{"role": "assistant", "content": text}]) for text in texts]
     ids, learned = pad(documents, tokenizer.pad_id)
-    env = start(pretrain.Config(device="cpu"), "float32", announce=False)
-    logps, lengths = answer_logps(policy, policy.head_weight, ids, learned, env)
-    ref_logps, _ = answer_logps(reference, reference.head_weight, ids, learned, env)
+    logps, lengths = answer_logps(policy, policy.head_weight, ids, learned)
+    ref_logps, _ = answer_logps(reference, reference.head_weight, ids, learned)
     print(f"策略 {policy_folder}，参考 {reference_folder}，问：{turns[0]['content']}\n")
     print(" " * 34 + "log p 策略  log p 参考      差")
     for name, text, a, b in zip(("好", "坏"), texts, logps.tolist(), ref_logps.tolist()):

@@ -32,7 +32,8 @@ def logps_of(model, documents, pad_id, env):
     # token is predicted only, never read
     room = model.trained_len + 1
     documents = [(ids[-room:], mask[-room:]) for ids, mask in documents]
-    return answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env)
+    with env.autocast():
+        return answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device))
 
 
 def note_cut(n_tokens, model):

@@ -128,14 +128,16 @@ def logps_of(model, documents, pad_id, env, temperature=1.0):
     """Summed log-prob of the learned tokens of each document (ids, mask), as far as the model was trained."""
     room = model.trained_len + 1
     documents = [(ids[:room], mask[:room]) for ids, mask in documents]
-    sums, _ = answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), env, temperature)
+    with env.autocast():
+        sums, _ = answer_logps(model, model.head_weight, *pad(documents, pad_id, env.device), temperature)
     return sums.tolist()
 
 
 @torch.no_grad()
 def scores_of(reward_model, documents, pad_id, env):
     """Score of each document (ids, mask)."""
-    return score_answers(reward_model, *pad(documents, pad_id, env.device), env).tolist()
+    with env.autocast():
+        return score_answers(reward_model, *pad(documents, pad_id, env.device)).tolist()
 
 
 # ---------------------------------------------------------------------------- measures

@@ -120,7 +120,8 @@ def sampled_part(model, tokenizer, records, prompts, cfg, env):
     for first in range(0, len(documents), cfg.batch_size):
         part = documents[first:first + cfg.batch_size]
         ids, mask = pad(part, tokenizer.pad_id, env.device)
-        logps, _ = answer_logps(model, model.head_weight, ids, mask, env)
+        with env.autocast():
+            logps, _ = answer_logps(model, model.head_weight, ids, mask)
         nats -= logps.sum().item()
     result["entropy"] = nats / learned(documents)
     for name, kind in (("thinking_right", True), ("plain_right", False)):

@@ -464,8 +464,7 @@ def test_scores_are_read_at_the_end_of_the_answer():
     """The reward is the number at the answer's last token: not in the prompt, not at its first, not in padding."""
     ids = torch.tensor([[3, 4, 5, 6, 0], [3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).float()
-    env = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
-    scores = loss.score_answers(lambda ids: ids.float(), ids, mask, env)
+    scores = loss.score_answers(lambda ids: ids.float(), ids, mask)
     assert scores.tolist() == [6, 7]
 
 

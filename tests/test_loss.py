@@ -125,7 +125,7 @@ def test_log_probs_of_answers_are_sums_over_their_tokens(monkeypatch, rows_a_gro
         logps = logits_of(model, ids[None, :-1]).log_softmax(-1)[0]
         wanted.append((logps.gather(1, ids[1:, None])[:, 0] * torch.from_numpy(mask)[1:]).sum())
     ids, mask = pad(documents, 0)
-    sums, lengths = answer_logps(model, model.head_weight, ids, mask, CPU)
+    sums, lengths = answer_logps(model, model.head_weight, ids, mask)
     assert lengths.tolist() == [mask[1:].sum() for _, mask in documents]
     assert largest(sums - torch.stack(wanted)) < 2e-5
     inputs, targets, learned = shift(ids, mask)
@@ -140,9 +140,9 @@ def test_scores_are_read_at_the_last_learned_token():
     """score_answers: the scalar on <|im_end|>, not on padding, the newline behind it, or the token before."""
     documents = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 0]), ([5, 6, 7], [0, 1, 1]), ([3, 4], [0, 1])]
     places = lambda ids: torch.arange(ids.size(1)).float().expand(ids.shape)  # noqa: E731
-    assert score_answers(places, *pad(documents, 0), CPU).tolist() == [3, 2, 1]
+    assert score_answers(places, *pad(documents, 0)).tolist() == [3, 2, 1]
     model = ScalarModel(random_model("llama_gqa").config)
-    scores = score_answers(model, *pad(some_answers(), 0), CPU)
+    scores = score_answers(model, *pad(some_answers(), 0))
     for score, (ids, mask) in zip(scores, some_answers()):
         last = np.flatnonzero(mask)[-1]
         assert largest(score - model(torch.from_numpy(ids[None, :last + 1]))[0, last]) < 1e-5

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import random_model, their_names
-from small_runs import CPU, run, settings
+from small_runs import run, settings
 
 import reward
 from common.checkpoint import load_checkpoint, load_reward_model
@@ -74,7 +74,7 @@ def test_scores_equal_transformers_sequence_classifier():
     with torch.no_grad():
         logits = theirs(input_ids=ids, attention_mask=(ids > 0).long()).logits[:, 0]
         mask = torch.zeros(3, 12).scatter_(1, ends[:, None], 1.0)
-        assert torch.allclose(score_answers(ours, ids, mask, CPU), logits, atol=1e-5)
+        assert torch.allclose(score_answers(ours, ids, mask), logits, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- the loop

@@ -5,12 +5,12 @@ import types
 import pytest
 import torch
 from oracles import random_model, twin
-from small_runs import CPU
 
 import dpo
 import grpo
 import reward
 from common.data import pad
+from common.loss import answer_logps
 from common.rollout import k3
 
 trl = pytest.importorskip("trl", reason="pip install trl==1.12.0")
@@ -83,7 +83,9 @@ def test_equals_trls_trainer(word_tokenizer, tmp_path, loss):
     documents, rows = rows_for_both()
     policy, reference = random_model("llama", seed=1), random_model("llama", seed=2)
     cfg = dpo.Config(loss=loss, beta=0.05 if loss != "ipo" else 0.3, label_smoothing=0.2)
-    ours, _ = dpo.batch_loss(policy, policy, reference, pad(documents, 0), [2] * len(rows), cfg, CPU)
+    batch = pad(documents, 0)
+    logps, lengths = answer_logps(policy, policy.head_weight, *batch)
+    ours, _ = dpo.batch_loss(logps, lengths, dpo.reference_logps(reference, batch), [2] * len(rows), cfg)
     options = dict(beta=cfg.beta, loss_type=["ipo" if loss == "ipo" else "sigmoid"])
     theirs, embed = trl_loss(rows, policy, reference, word_tokenizer, tmp_path, **options)
     grad = torch.autograd.grad(theirs, embed)[0]
