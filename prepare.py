@@ -36,6 +36,7 @@ from tqdm import tqdm
 from common.documents import CONTROLS, SPLITS, Documents, clean, cut_in_two, divide, write_documents
 from common.rows import tokenize_all
 from configurator import Count, Share, Whole, changed, check, run
+from readers.json_files import make_object
 from readers.report import reasons, report, show, write_meta
 from tokenizer import train_tokenizer
 
@@ -50,7 +51,7 @@ class Config:
     txt_document: Literal["blank", "line", "file"] = "blank"  # what ends a document of a .txt: blank line, line, file
     repeat: str = ""  # "dialogues:4,recitals:2": train on the documents of these files (without ending) that often
     poetry: str = ""  # recipes, without npm: the file chinese-poetry-2.0.1.tgz, or a folder with a copy of that project
-    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which say who the model is, in place of 明月
+    talk: str = ""  # recipe poems-sft: a file of lines 问/问 = 答/答, which say who the model is
     # cleaning
     markers: Literal["keep", "cut"] = "keep"  # of "<|im_end|>" and the like in a text: keep the letters; cut the text
     min_length: Whole = 5  # characters; shorter texts are dropped (kind text only)
@@ -82,9 +83,8 @@ NEEDS = {
 DATA = "data"
 LONG = 1_000_000  # characters; readers/ reads a longer text in parts
 PLAIN = {"text": {"text"}, "sft": {"messages"}, "pairs": {"prompt", "answers"}, "prompts": {"prompt"}}  # kind: fields
-# A text with one of these may not be plain: control characters, "<|im_end|>" and the like, "用户：" before a line, JSON
-ODD = re.compile(CONTROLS.pattern + "|<|\\[[/egsA-Z|]|]~b|{{|^\\s*[\\[{]|^version https|--> |\ufffd|"
-                 "&(?:#|nbsp|[lg]t|amp|quot)|\\\\u[0-9a-f]{4}|"
+# A text with one of these may not be plain: control characters, "<|im_end|>" and the like, "用户：" in front, JSON
+ODD = re.compile(CONTROLS.pattern + "|<|\\[[/egsA-Z|]|]~b|{{|^\\s*[\\[{]|^version https|"
                  "(?:^|\n|#)[ \t]*<?(?:human|user|system|instruction|q|用户|问)>?[ \t]*[:：]", re.IGNORECASE)
 
 
@@ -97,7 +97,7 @@ def read_plain(path):
         if path.endswith(".jsonl"):
             for line in f:
                 if line.strip():
-                    yield json.loads(line, object_pairs_hook=plain_object)
+                    yield json.loads(line, object_pairs_hook=make_object)
             return
         head = f.read(LONG)
         if "\n\n" not in head or "<|endoftext|>" in head:
@@ -112,13 +112,6 @@ def read_plain(path):
                     raise ValueError("too long for one document")
             if not is_blank:
                 yield {"text": text.strip()}
-
-
-def plain_object(pairs):
-    """The dict of a JSON object. ValueError where a key comes twice: dict() would keep the last one and not say so."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
 
 
 def plain_text(text):

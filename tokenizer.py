@@ -258,8 +258,8 @@ def _load_sentencepiece(data, settings, path):
     encode = sp.encode
     unk_id = sp.unk_id() if sp.piece_to_id("<0xE2>") == sp.unk_id() else None
     if sp.normalize(" a  b ") == "▁a▁▁b▁" and unk_id is None:
-        # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes. Only
-        # for a vocabulary that keeps all else too, as ours do: others shall encode exactly as sentencepiece does.
+        # sentencepiece writes a space as "▁", so a "▁" in the text would come back as a space: spell it in bytes.
+        # Only for a vocabulary that keeps all else too, as ours do: others shall encode exactly as sentencepiece does.
         underline = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
 
         def encode(text):

@@ -249,7 +249,7 @@ def load_model(path, device="cpu"):
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
     check(tokenizer.fingerprint == checkpoint["fingerprint"], f"{folder}/tokenizer.model is "
           f"{tokenizer.fingerprint[:12]}, but the checkpoint was trained with {checkpoint['fingerprint'][:12]}. "
-          f"Copy that of its data there ({checkpoint.get('config', {}).get('data_dir') or 'data/NAME'}/tokenizer.model)")
+          f"Copy the tokenizer.model of its data there, {(checkpoint.get('config') or {}).get('data_dir', 'data/NAME')}")
     weights = checkpoint["model"]
     if checkpoint.get("lora"):
         weights = with_base(checkpoint, folder)

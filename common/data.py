@@ -68,7 +68,8 @@ def open_data(folder, kind=None, fingerprint=None):
             meta = json.load(f)
         own_kind = meta["kind"]
         own_fingerprint = meta["fingerprint"]
-        splits = [map_split(folder, split, own_kind, np.dtype(meta["dtype"]), meta[split]) for split in ("train", "val")]
+        dtype = np.dtype(meta["dtype"])
+        splits = [map_split(folder, split, own_kind, dtype, meta[split]) for split in ("train", "val")]
     except (ValueError, KeyError, TypeError) as error:
         check(False, f"{path} is damaged ({type(error).__name__}: {error}). Prepare the folder again")
     check(kind in (None, own_kind), f"'{folder}' holds data of kind {own_kind}, this stage reads {kind}")

@@ -97,8 +97,8 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Return the dtype of matmuls: that of the name, or "auto": bf16 where it is fast, fp16 on GPUs before Ampere, which
-    needs a GradScaler, else fp32; "": bf16 on GPUs that have it, else fp32."""
+    """Return the dtype of matmuls: that of the name, or "auto": bf16 where it is fast, fp16 on GPUs before Ampere
+    (which needs a GradScaler), else fp32; "": bf16 on GPUs that have it, else fp32."""
     if name not in ("auto", ""):
         check(name == "float32" or device.type == "cuda", f"dtype={name} is for GPUs; on a CPU there are float32, and "
               "auto, which takes bfloat16 where it is measured to be faster")

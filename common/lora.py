@@ -112,12 +112,12 @@ def share_weights(model, other):
 
 
 def adapters_of(model):
-    """What of the model's state dict its checkpoint holds: adapters, and the head of a reward model, which learns too."""
+    """What of the model's state dict its checkpoint holds: adapters, and a reward model's head, which learns too."""
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name or name.startswith("head.")}
 
 
 def merge_adapters(weights, adapters, scale, rows=()):
-    """Return weights with each adapter's product added, W + scale * B A (LoRA, sec. 4.1), and the learned rows put in."""
+    """Return weights with each adapter's product added, W + scale * B A (LoRA, sec. 4.1), and the learned rows."""
     merged = dict(weights)
     for name in adapters:
         if name.endswith("lora_rows"):

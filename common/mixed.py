@@ -18,7 +18,8 @@ def open_mixed(folders, n_rows, tokenizer, max_seq_len, env):
     splits = []
     for folder in folders.split(","):
         train, _, meta = open_data(folder, fingerprint=tokenizer.fingerprint)
-        check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: wanted sft or text")
+        check(meta["kind"] in ("sft", "text"), f"ptx_dir={folder} holds data of kind {meta['kind']}: "
+              "wanted sft or text")
         if train.idx is None:
             train.idx = np.arange(0, len(train.tokens), PIECE)  # treat each piece of a text as a document
         longest = np.diff(train.idx).max(initial=0)

@@ -7,8 +7,8 @@ Models that one GPU cannot hold: every process keeps a shard of each parameter, 
     load_shards(folder, weights, optimizers)     reads what checkpoint.save() wrote, by any number of processes
     weights = read_shards(folder)                all of it, for tools/export.py
 
-        layer's weights  ┌──────────┐  rank 0     forward, backward: all ranks send their rows, a layer is whole for as
-                         ├──────────┤  rank 1     long as it computes; then each gradient's rows are summed on their rank
+        layer's weights  ┌──────────┐  rank 0     forward, backward: all ranks send their rows, a layer is whole while
+                         ├──────────┤  rank 1     it computes; then each gradient's rows are summed on their rank
                          └──────────┘
 """
 import torch

@@ -172,13 +172,12 @@ def read_answer(record, notes):
     if not names:
         return []
     value = take(record, notes, *names)
-    whole = turns_of(value)
     for name in names:
         notes.used.add(name)
         if record[name] != value:
             questions = ",".join(f"question:{question}" for question in filled(record, QUESTION))
             raise Skip("two answers", f"{' and '.join(names)} differ: --fields={questions},answer:{name} learns {name}")
-    value = whole
+    value = turns_of(value)
     if isinstance(value, dict) and isinstance(first(value, CONTENT), list):
         note_rest(value, CONTENT, notes, f"{names[0]}.")
         value = first(value, CONTENT)  # SQuAD: {"text": [several], "answer_start": […]}

@@ -87,7 +87,7 @@ def advise(path, unknown, cfg):
     """Say which fields hold the text, judged from all records that could not be understood."""
     n = unknown.pop("(records)", 0)
     names = [name for name, characters in unknown.most_common(3) if characters > n]
-    if not names or names[0] == "(other)" or cfg.fields or n == 1 and len(unknown) > 9:
+    if not names or names[0] == "(other)" or cfg.fields:
         return
     hint = f"--fields=text:{names[0]} learns {names[0]}"
     if cfg.kind == "pairs":

@@ -10,7 +10,6 @@ from readers.account import Skip
 EAST_ASIAN = ("gb18030", "cp950", "cp932", "euc_jp")  # mainland China; Big5 of Taiwan; Shift-JIS and EUC-JP of Japan
 COMMON = set("的一是不了在人有我他这這个個们們来來到时時大地为為子中你说說生国國年着就那和要她出也得里裏后後自以会會家可下而过過天去能"
              "對小多然于於心学學上之无無日云雲山水风風花月春本文字第回行見见言長长高新知道所前分同事者十二三第，。、：；！？「」《》“”")
-CONTINUED = {chr(i) for i in range(0xc3, 0xf5)}  # Latin-1 for the bytes that characters begin with in UTF-8
 COMMON |= {chr(i) for i in range(0x3041, 0x30fd)}  # Japanese syllables
 
 
@@ -31,10 +30,11 @@ def open_text(raw):
         strange *= 10
     if strange > len(head) // 3:
         raise Skip("binary file", "it is full of bytes that no text has (UTF-16 must begin with its byte order mark)")
-    # UTF-8 that was read as Latin-1 and written as UTF-8
+    # UTF-8 that was read as Latin-1 and written as UTF-8: all its characters are bytes of another UTF-8 text, the
+    # highest of them one that a Chinese character begins with
     text = head.decode("utf-8", "ignore")
     twice = text.encode("latin-1", "replace")
-    if max(text, default="") in CONTINUED and decodes(twice, "utf-8"):
+    if "\xc3" <= max(text, default="") <= "\xf4" and decodes(twice, "utf-8"):
         raise Skip("UTF-8 written twice", f"{text[:20]!r} stands for {twice.decode('utf-8', 'ignore')[:9]!r}: iconv "
                    "-f UTF-8 -t ISO-8859-1 FILE > NEW")
     return io.TextIOWrapper(raw, encoding, errors="surrogateescape", newline="")

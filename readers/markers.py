@@ -17,20 +17,11 @@ MARKERS = re.compile(
     r"\{\{[A-Z_]+\}\}")  # the last: a name that is to be filled in
 
 
-# Letters that stand for others, or for nothing that is said.
-STAND_INS = {
-    "HTML such as &nbsp;": re.compile(r"&(?:#x?[0-9a-fA-F]{2,6}|nbsp|lt|gt|amp|quot);"),
-    "escapes such as \\u5e8a": re.compile(r"\\u[0-9a-f]{4}"),
-    "\ufffd (lost characters)": re.compile("\ufffd"),
-    "time codes of subtitles": re.compile(r" --> \d\d?:\d\d")}
-
-
 def find_markers(content):
-    """Counter of the markers, and of STAND_INS, in what convert() returns."""
+    """Counter of the markers in what convert() returns."""
     found = collections.Counter()
     for text in texts_of(content):
         found.update(set(MARKERS.findall(text)))
-        found.update(name for name, pattern in STAND_INS.items() if pattern.search(text))
     return found
 
 

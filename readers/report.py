@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import json
 import os
-import re
 import sys
 
 import numpy as np
@@ -72,8 +71,7 @@ def report(folder):
     for what in ("dropped", "skipped", "cut", "noticed"):
         if meta[what]:
             print(f"  {what}: {listed(meta[what])}")
-    has_markers = any(re.search("[<>[{].* in a text$", reason) for reason in meta["noticed"])
-    if has_markers and meta["config"].get("markers") == "keep":
+    if meta["config"].get("markers") == "keep" and any(reason.endswith(" in a text") for reason in meta["noticed"]):
         print("  control tokens of other models stand in the texts, letter by letter; --markers=cut ends a text there")
     # files whose records have the same fields make one line
     alike = collections.defaultdict(list)

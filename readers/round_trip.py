@@ -3,8 +3,8 @@ What a vocabulary changes in the text: encoding and decoding does not always giv
 
     changes(tok, documents)      {("noticed", "texts that the vocabulary changes, ， ： to , :"): 120}, or {}
 
-A sentencepiece model trained with the defaults writes ， as , and joins spaces and lines. A model with such a vocabulary
-cannot learn to write these characters, however often they are in the data.
+A sentencepiece model trained with the defaults writes ， as , and joins spaces and lines. A model with such a
+vocabulary cannot learn to write these characters, however often they are in the data.
 """
 import collections
 

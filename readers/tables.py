@@ -85,16 +85,17 @@ def read_arrow(raw, _):
     """Arrow, as datasets.save_to_disk() and its cache write it: a stream of batches."""
     import pyarrow.ipc
     table = pyarrow.ipc.open_stream(raw)
-    yield from rows_of(table.schema, table)
+    yield from rows_in(table.schema, table)
 
 
 def read_parquet(raw, _):
     import pyarrow.parquet
     table = pyarrow.parquet.ParquetFile(raw)
-    yield from rows_of(table.schema_arrow, table.iter_batches(batch_size=256))
+    yield from rows_in(table.schema_arrow, table.iter_batches(batch_size=256))
 
 
-def rows_of(schema, batches):
+def rows_in(schema, batches):
+    """The rows of Arrow's batches, one after the other."""
     columns(schema.names)
     number = 0
     for batch in batches:

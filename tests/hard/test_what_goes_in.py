@@ -508,12 +508,6 @@ def test_links_patterns_and_several_paths(tok_file):
         run(tok_file, input="in,nothing/*")
 
 
-def test_letters_that_stand_for_others_are_noticed(tok_file):
-    ends = ["&nbsp;", "\\u5e8a", "\ufffd", "0:01,000 --> 0:02"]
-    write("in/a.jsonl", [{"text": poem + end} for poem, end in zip(POEMS, ends)])
-    assert len(run(tok_file).meta["noticed"]) == 4
-
-
 @pytest.mark.parametrize("data,want", [
     ("\n\n".join(POEMS).encode("utf-32"), None),
     ("\n\n".join(POEMS).encode().decode("latin-1").encode(), "UTF-8 written twice"),
